@@ -1,0 +1,72 @@
+"""What an engine must do to be served.
+
+An engine is driven by plain calls and answers by plain calls: `submit` and `abort` in, one batch of outputs
+an engine step out. `dynamo.engine.serving` does the rest (registration, the request plane, drain, metrics).
+An engine written as an async generator is adapted by `dynamo.engine.generator`.
+"""
+
+from typing import Any, Protocol
+
+import msgspec
+
+from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+
+
+class EngineConfig(msgspec.Struct, kw_only=True):
+    """What an engine says of itself once it has started. Sizes in tokens unless the name says blocks."""
+
+    model: str
+    served_model_name: str | None = None
+    model_aliases: list[str] = []
+    context_length: int | None = None
+    kv_cache_block_size: int | None = None
+    total_kv_blocks: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    data_parallel_start_rank: int = 0
+    data_parallel_size: int = 1
+    runtime_data: dict[str, Any] = {}
+
+
+class EngineCallbacks(Protocol):
+    """How an engine answers. All calls are made on the event loop's thread."""
+
+    def on_outputs(self, outputs: list[tuple[str, EngineOutput]]) -> None:
+        """Everything one engine step made: (request id, output) pairs. The last output of a request has a
+        `finish_reason`; after it the engine forgets the id."""
+
+    def on_error(self, request_id: str, error: Exception) -> None:
+        """One request failed; the engine forgets the id."""
+
+    def on_kv_events(self, events: list[KvEventData], dp_rank: int = 0, tier: StorageTier = "device") -> None:
+        """Blocks came or went, in this order."""
+
+    def on_load(self, load: LoadMetrics) -> None:
+        """The load changed (about once a step; `worker_id` may be 0, the server fills it in)."""
+
+    def on_death(self, reason: str) -> None:
+        """The engine is dead and will not answer what is in flight. Called at most once."""
+
+
+class LLMEngine(Protocol):
+    """A token-in, token-out engine."""
+
+    async def start(self, callbacks: EngineCallbacks) -> EngineConfig:
+        """Load the model and be ready for `submit`."""
+
+    def submit(self, request_id: str, request: PreprocessedRequest) -> None:
+        """Accept one request with one choice (`n` is split above). Ids are unique among those in flight.
+
+        Raises:
+            InvalidArgument: the engine cannot do what the request asks; names the field.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Stop a request within one step. An id that is unknown or finished is ignored; no output follows."""
+
+    async def check_health(self) -> None:
+        """Raises EngineShutdown if the engine cannot serve any more."""
+
+    async def stop(self) -> None:
+        """Free everything: processes, sockets, shared memory. Safe to call twice."""

@@ -1,0 +1,1 @@
+"""The shapes that requests and answers have: OpenAI's outside, the engine's inside."""

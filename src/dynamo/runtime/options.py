@@ -1,0 +1,126 @@
+"""Command lines and environment: one table of options a program, grouped, each with its `DYN_*` variable.
+
+The flag wins over the variable, the variable over the default. A wrong word costs one line on stderr that
+names the nearest right one, and exit status 2.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off", ""}
+
+
+def parse_bool(text: str) -> bool:
+    """`1 true yes on` and `0 false no off`, in any case. Raises ValueError for anything else."""
+    word = text.strip().lower()
+    if word in _TRUE:
+        return True
+    if word in _FALSE:
+        return False
+    raise ValueError(f"{text!r} is not a boolean: use true or false")
+
+
+def env_bool(name: str, default: bool) -> bool:
+    """A boolean environment variable. Raises ValueError naming the variable."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        return parse_bool(text)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+def env_number(name: str, default: float) -> float:
+    """A numeric environment variable. Raises ValueError naming the variable."""
+    text = os.environ.get(name)
+    if text is None or not text.strip():
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name}: {text!r} is not a number") from None
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose options also come from the environment and whose errors suggest."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
+        )
+        self._from_env: list[tuple[argparse.Action, str, Callable[[str], Any]]] = []
+
+    def option(
+        self,
+        group: argparse._ArgumentGroup,
+        *flags: str,
+        help: str,  # noqa: A002 - argparse's word
+        env: str | None = None,
+        default: Any = None,
+        type: Callable[[str], Any] = str,  # noqa: A002 - argparse's word
+        choices: Sequence[Any] | None = None,
+        **more: Any,
+    ) -> None:
+        """Add one option. `type=bool` makes a `--x/--no-x` pair."""
+        notes = [f"[{env}]"] if env else []
+        if default is not None and default != "":
+            notes.append(f"(default: {default})")
+        text = " ".join([help, *notes]).replace("%", "%%")
+        if type is bool:
+            action = group.add_argument(
+                *flags, action=argparse.BooleanOptionalAction, default=default, help=text, **more
+            )
+        else:
+            action = group.add_argument(*flags, default=default, type=type, choices=choices, help=text, **more)
+        if env:
+            self._from_env.append((action, env, parse_bool if type is bool else type))
+
+    def _apply_environment(self, environ: Mapping[str, str]) -> None:
+        for action, env, convert in self._from_env:
+            text = environ.get(env)
+            if text is None:
+                continue
+            try:
+                value = convert(text)
+            except (ValueError, argparse.ArgumentTypeError) as e:
+                self.error(f"environment variable {env}: {e}")
+            if action.choices is not None and value not in action.choices:
+                self.error(f"environment variable {env}: {text!r} is not one of {', '.join(map(str, action.choices))}")
+            action.default = value
+            action.required = False
+
+    def known_flags(self) -> list[str]:
+        """Every flag word this parser takes, for suggestions."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """Parse the whole command line; anything unknown ends the program with a suggestion."""
+        namespace, extra = self.parse_known(argv)
+        if extra:
+            self.unknown(extra[0])
+        return namespace
+
+    def parse_known(self, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+        """Parse what is known and give back the rest (for engines that take their own flags)."""
+        self._apply_environment(os.environ)
+        return super().parse_known_args(argv)
+
+    def unknown(self, word: str, more_flags: Sequence[str] = ()) -> NoReturn:
+        """End with the nearest known flag to `word`."""
+        flag = word.split("=", 1)[0]
+        near = difflib.get_close_matches(flag, [*self.known_flags(), *more_flags], n=1, cutoff=0.6)
+        self.error(f"unknown argument {flag!r}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit status 2."""
+        sys.stderr.write(f"{self.prog}: error: {message}\n")
+        raise SystemExit(2)
