@@ -45,14 +45,15 @@ class Unknown(DynamoException):
 
 
 class InvalidArgument(DynamoException):
-    """The request is wrong. `param` names the field, where one can be named."""
+    """The request is wrong. `param` names the field and `code` is OpenAI's word for the case, where there is one."""
 
-    def __init__(self, message: str = "", param: str | None = None) -> None:
+    def __init__(self, message: str = "", param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
     def details(self) -> dict[str, Any]:
-        return {"param": self.param} if self.param else {}
+        return {name: value for name, value in (("param", self.param), ("code", self.code)) if value}
 
 
 class CannotConnect(DynamoException):
