@@ -1,0 +1,42 @@
+# One command serves a model; another runs every test. `make help` lists them.
+PYTHON ?= python3
+BIN := .venv/bin
+
+MODEL ?=
+WORKERS ?= 2
+PORT ?= 8000
+OUT ?= vllm
+# Engine flags of your own, e.g. FLAGS="--max-model-len 4096"
+FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run install test lint bench docs clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
+
+run:  ## Serve MODEL (a directory or hub id; default: a demo model) with WORKERS workers of OUT on PORT
+	@$(PYTHON) scripts/install.py $(if $(filter vllm,$(OUT)),,--no-engine)
+	@exec $(BIN)/dynamo run $(MODEL) in=http out=$(OUT) --num-workers $(WORKERS) --http-port $(PORT) \
+		--say "Hello! Who are you?" $(if $(FLAGS),-- $(FLAGS))
+
+install:  ## Make .venv with the dynamo command and all that tests and benchmarks need
+	@$(PYTHON) scripts/install.py --dev
+
+lint: install  ## Format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint  ## Everything: lint and all tests, the real engine's included
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+bench: install  ## Measure against the peer and write docs/reference/benchmarks.md (about an hour)
+	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+docs: install  ## Write docs/reference/cli.md anew from the parsers
+	$(BIN)/python scripts/cli_reference.py
+
+clean:  ## Remove what the other targets made
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis
