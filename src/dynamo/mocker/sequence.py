@@ -1,0 +1,99 @@
+"""What does the scheduler know about one request?"""
+
+import enum
+from collections.abc import Sequence as Tokens
+
+from dynamo.llm.block_hash import compute_block_hash_for_seq, sequence_hashes
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.mocker.sampler import Script
+
+
+class Status(enum.Enum):
+    """Where a sequence is."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Sequence:
+    """Tokens, how many of them have their KV computed, and the blocks that hold it.
+
+    The first `num_named` blocks are full and shared under `names` (sequence hashes), the other `num_blanks` are
+    its own. `room` is the number of tokens that all of them hold.
+    """
+
+    __slots__ = (
+        "arrived_at",
+        "block_size",
+        "contents",
+        "first_token_at",
+        "id",
+        "names",
+        "num_blanks",
+        "num_cached",
+        "num_computed",
+        "num_named",
+        "num_prompt",
+        "prompt_logprobs",
+        "room",
+        "salts",
+        "script",
+        "status",
+        "tokens",
+    )
+
+    def __init__(self, id_: str, request: PreprocessedRequest, script: Script, block_size: int, now: float) -> None:
+        self.id = id_
+        self.tokens = list(request.token_ids)
+        self.num_prompt = len(self.tokens)
+        self.script = script
+        self.block_size = block_size
+        self.status = Status.WAITING
+        self.arrived_at = now
+        self.first_token_at: float | None = None
+        self.prompt_logprobs = request.output_options.prompt_logprobs
+        self.num_cached: int | None = None
+        self.num_computed = 0
+        self.num_named = 0
+        self.num_blanks = 0
+        self.room = 0
+        routing = request.routing
+        self.salts = (routing.lora_name, routing.cache_salt) if routing else (None, None)
+        self.names: list[int] = []
+        self.contents: list[int] = []
+
+    @property
+    def num_output(self) -> int:
+        """Tokens put out so far."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks held."""
+        return self.num_named + self.num_blanks
+
+    @property
+    def held_names(self) -> list[int]:
+        """The named blocks held, from the first on."""
+        return self.names[: self.num_named]
+
+    def hash_blocks(self) -> None:
+        """Bring `contents` and `names` up to all full blocks of the tokens known."""
+        size, done = self.block_size, len(self.contents)
+        if len(self.tokens) // size == done:
+            return
+        fresh = self._local_hashes(self.tokens[done * size :])
+        self.contents += fresh
+        if done:
+            self.names += sequence_hashes([self.names[-1], *fresh])[1:]
+        else:
+            self.names = sequence_hashes(fresh)
+
+    def _local_hashes(self, tokens: Tokens[int]) -> list[int]:
+        lora_name, cache_salt = self.salts
+        return compute_block_hash_for_seq(tokens, self.block_size, lora_name=lora_name, cache_namespace=cache_salt)
+
+    def forget_blocks(self) -> None:
+        """The blocks are given back: everything must be computed again."""
+        self.num_computed = self.num_named = self.num_blanks = self.room = 0
