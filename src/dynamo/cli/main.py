@@ -1,0 +1,46 @@
+"""What does the command `dynamo` offer? One word a program; each is loaded only when it is asked for."""
+
+import difflib
+import runpy
+import sys
+
+HELP = """\
+usage: dynamo COMMAND ...
+
+  run        serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
+
+  frontend   the HTTP service                      (python -m dynamo.frontend)
+  vllm       a worker of the engine vLLM           (python -m dynamo.vllm)
+  mocker     simulated workers                     (python -m dynamo.mocker)
+  echo       workers that answer with the prompt   (python -m dynamo.echo)
+
+`dynamo COMMAND --help` lists a command's options, `dynamo --version` tells the version."""
+PROGRAMS = ("frontend", "vllm", "mocker", "echo")
+
+
+def main() -> int:
+    """Entry point of the `dynamo` command; returns its exit status."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0 if len(sys.argv) > 1 else 2
+    word, rest = sys.argv[1], sys.argv[2:]
+    if word in ("--version", "-V", "version"):
+        from dynamo import __version__
+
+        print(f"dynamo {__version__}")
+        return 0
+    if word in PROGRAMS:
+        sys.argv = [f"dynamo {word}", *rest]
+        runpy.run_module(f"dynamo.{word}", run_name="__main__", alter_sys=True)
+        return 0
+    if word == "run":
+        from dynamo.cli.run import main as run
+
+        return run(rest)
+    near = difflib.get_close_matches(word, ["run", *PROGRAMS], n=1)
+    sys.stderr.write(f"dynamo: unknown command {word!r}" + (f"; did you mean {near[0]}?\n" if near else "\n"))
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
