@@ -1,0 +1,122 @@
+"""How does text become token ids, and token ids text, for any model directory?"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from dynamo.llm.detokenizer import IncrementalDecoder
+from dynamo.llm.tokenizer_backend import Backend
+from dynamo.llm.tokenizer_config import TokenizerConfig, read_tokenizer_config
+from dynamo.llm.tokenizer_hf import HuggingFaceBackend
+from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.options import env_number
+
+# One text never gains from the library's own threads, and a pool per process beside the engine's costs CPU.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+log = logging.getLogger(__name__)
+
+INLINE_CHARS = 8192  # encoding this much takes about 2 ms, what an event loop can bear
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads that encode long text. Their number bounds how many texts are worked on at once."""
+    threads = int(env_number("DYN_TOKENIZER_THREADS", min(4, os.cpu_count() or 1)))
+    return ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix="tokenizer")
+
+
+class Tokenizer:
+    """A model's vocabulary, from whichever file its directory has.
+
+    `named_tokens` maps `bos_token`, `eos_token`, … to their text (what a chat template sees); `eos_ids` are the
+    ids that end a sequence: those of `generation_config.json` and `config.json` and the id of the tokenizer's own
+    `eos_token`, in this order, each once.
+
+    Decoding follows `tokenizers`: `clean_up_tokenization_spaces` of `tokenizer_config.json` is not applied (as in
+    vLLM's streaming detokenizer; Hugging Face's own one-shot `decode` applies it, but not for BPE).
+    """
+
+    def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
+        self._backend = backend
+        self.config = config
+        self.named_tokens = dict(config.named)
+        self.vocab_size = backend.vocab_size
+        self.special_ids = backend.special_ids
+        own_eos = self.token_id("eos_token")
+        self.eos_ids = tuple(dict.fromkeys([*config.eos_ids, *([] if own_eos is None else [own_eos])]))
+        self.bos_id = self.token_id("bos_token")
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Load `tokenizer.json`, else a tiktoken file, else a SentencePiece model.
+
+        Raises InvalidArgument naming the file that is missing or broken.
+        """
+        directory = Path(directory)
+        config = read_tokenizer_config(directory)
+        return cls(_load_backend(directory, config), config)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a named token such as `bos_token`, None if the model has none."""
+        text = self.named_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Token ids of `text`. Raises InvalidArgument for text that is not valid Unicode."""
+        try:
+            return self._backend.encode(text, add_special_tokens)
+        except (UnicodeError, TypeError) as e:
+            raise _not_text(text) from e
+
+    async def encode_async(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """As `encode`; long text is encoded in another thread, so that the event loop goes on."""
+        if len(text) <= INLINE_CHARS:
+            return self.encode(text, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_pool(), self.encode, text, add_special_tokens)
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of all ids at once. Bytes that are not UTF-8 become U+FFFD; unknown ids give nothing."""
+        return self._backend.decode(ids, skip_special_tokens)
+
+    def decoder(self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()) -> IncrementalDecoder:
+        """A decoder for one stream. Without a prompt its pieces joined are `decode` of all its ids.
+
+        With `prompt_ids` the stream continues that prompt: the space before the first word stays, and a character
+        whose first bytes the prompt holds comes out whole.
+        """
+        return self._backend.rules.decoder(skip_special_tokens, prompt_ids)
+
+    def token_text(self, token_id: int) -> str:
+        """One token's text as in the middle of a text, special tokens shown; U+FFFD for a part of a character."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for in the middle of a text; `b""` for an unknown id."""
+        return self._backend.rules.token_bytes(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id whose vocabulary entry is exactly this string."""
+        return self._backend.token_to_id(token)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary entry as it is stored, None for an unknown id."""
+        return self._backend.id_to_token(token_id)
+
+
+def _not_text(text: object) -> InvalidArgument:
+    if isinstance(text, str):
+        return InvalidArgument("the text is not valid Unicode: it has half of a surrogate pair; send valid UTF-8")
+    return InvalidArgument(f"the text to encode is {type(text).__name__}, not a string")
+
+
+def _load_backend(directory: Path, config: TokenizerConfig) -> Backend:
+    path = directory / "tokenizer.json"
+    if path.exists():
+        return HuggingFaceBackend.load(path, config)
+    raise InvalidArgument(f"no tokenizer in {directory}: expected tokenizer.json, *.tiktoken or tokenizer.model")
