@@ -11,6 +11,7 @@ DynamoException
 ├── StreamIncomplete            the stream ended without its end mark
 ├── WorkerUnavailable           there is no worker to send to
 ├── WorkerOverloaded            the worker has as many requests as it admits
+├── DiscoveryError              the discovery store cannot be used, or a key in it is taken
 ├── RouterQueueLimitExceeded    the router's queue is full for this class of request
 └── SelectionServiceError       the stand-alone selection service refused
 
@@ -100,6 +101,10 @@ class WorkerOverloaded(DynamoException):
     migratable = True
 
 
+class DiscoveryError(DynamoException):
+    """The discovery store cannot be read or written, or another process holds the key."""
+
+
 class RouterQueueLimitExceeded(DynamoException):
     """The router's queue is full for this class of request."""
 
@@ -175,6 +180,7 @@ _BY_NAME: dict[str, type[DynamoException]] = {
         StreamIncomplete,
         WorkerUnavailable,
         WorkerOverloaded,
+        DiscoveryError,
         RouterQueueLimitExceeded,
         SelectionServiceError,
         HttpError,

@@ -1,0 +1,242 @@
+"""What are namespaces, components and endpoints, and how is an endpoint served?
+
+They are names; only an endpoint does something. Serving one instance of it is: a route on the process's
+listener, and a record in discovery for as long as it is served.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from dynamo.runtime.address import EndpointAddress, check_name
+from dynamo.runtime.client import Client
+from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.handlers import UserHandler, bidirectional_handler, push_handler
+from dynamo.runtime.instances import instance_record
+from dynamo.runtime.selection import RouterMode
+from dynamo.runtime.server import NoStats, Route
+from dynamo.runtime.streams import PushHandler
+
+if TYPE_CHECKING:
+    from dynamo.runtime.distributed import DistributedRuntime
+
+log = logging.getLogger(__name__)
+
+MetricsLabels = Sequence[tuple[str, str]]
+
+
+class Namespace:
+    """The outermost name: one deployment."""
+
+    def __init__(self, runtime: "DistributedRuntime", name: str) -> None:
+        self._runtime = runtime
+        self.name = check_name("namespace", name)
+
+    def component(self, name: str) -> "Component":
+        """A component of this namespace."""
+        return Component(self._runtime, self.name, name)
+
+
+class Component:
+    """The middle name: one kind of worker."""
+
+    def __init__(self, runtime: "DistributedRuntime", namespace: str, name: str) -> None:
+        self._runtime = runtime
+        self.namespace = namespace
+        self.name = check_name("component", name)
+
+    async def create_service(self) -> None:
+        """Nothing: kept for scripts of the first generation, which had to call it before serving."""
+
+    def endpoint(self, name: str) -> "Endpoint":
+        """An endpoint of this component."""
+        return Endpoint(self._runtime, EndpointAddress(self.namespace, self.name, check_name("endpoint", name)))
+
+
+class Endpoint:
+    """The innermost name: something that can be asked."""
+
+    def __init__(self, runtime: "DistributedRuntime", address: EndpointAddress) -> None:
+        self.runtime = runtime
+        self.address = address
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.address.url})"
+
+    @property
+    def namespace(self) -> str:
+        """The first part of the name."""
+        return self.address.namespace
+
+    @property
+    def component(self) -> str:
+        """The second part of the name."""
+        return self.address.component
+
+    @property
+    def name(self) -> str:
+        """The third part of the name."""
+        return self.address.endpoint
+
+    @property
+    def path(self) -> str:
+        """`ns.comp.ep`."""
+        return str(self.address)
+
+    def connection_id(self) -> int:
+        """The id of the instance that this process serves."""
+        return self.runtime.instance_id
+
+    def lease_id(self) -> int:
+        """The name of `connection_id` in the first generation of this interface."""
+        return self.runtime.instance_id
+
+    # --- serving
+
+    async def serve_endpoint(
+        self,
+        handler: UserHandler,
+        graceful_shutdown: bool = True,
+        metrics_labels: MetricsLabels | None = None,
+        health_check_payload: dict[str, Any] | None = None,
+    ) -> None:
+        """Serve until the runtime shuts down. See `start_endpoint`."""
+        served = await self.start_endpoint(handler, graceful_shutdown, metrics_labels, health_check_payload)
+        await served.finished()
+
+    async def start_endpoint(
+        self,
+        handler: UserHandler,
+        graceful_shutdown: bool = True,
+        metrics_labels: MetricsLabels | None = None,
+        health_check_payload: dict[str, Any] | None = None,
+    ) -> "ServedEndpoint":
+        """Begin to serve; returns once callers can find the instance.
+
+        Args:
+            handler: an async generator `(request, context)` or `(request)`.
+            graceful_shutdown: whether shutdown waits for the requests in flight here.
+            metrics_labels: more labels for this endpoint's metrics.
+            health_check_payload: what the canary sends through this endpoint when it is idle.
+
+        Raises:
+            DiscoveryError: discovery cannot be used, or another live worker has this instance id.
+            CannotConnect: the request plane's address cannot be bound.
+        """
+        return await self.start_push_endpoint(
+            push_handler(handler),
+            graceful_shutdown=graceful_shutdown,
+            metrics_labels=metrics_labels,
+            health_check_payload=health_check_payload,
+        )
+
+    async def serve_bidirectional_endpoint(
+        self, handler: UserHandler, graceful_shutdown: bool = True, metrics_labels: MetricsLabels | None = None
+    ) -> None:
+        """Serve `handler(requests, context)`, an async generator over a stream of requests, until shutdown."""
+        served = await self.start_bidirectional_endpoint(handler, graceful_shutdown, metrics_labels)
+        await served.finished()
+
+    async def start_bidirectional_endpoint(
+        self, handler: UserHandler, graceful_shutdown: bool = True, metrics_labels: MetricsLabels | None = None
+    ) -> "ServedEndpoint":
+        """Like `serve_bidirectional_endpoint`, but returns once callers can find the instance."""
+        return await self.start_push_endpoint(
+            bidirectional_handler(handler), graceful_shutdown=graceful_shutdown, metrics_labels=metrics_labels
+        )
+
+    async def start_push_endpoint(
+        self,
+        handler: PushHandler,
+        *,
+        graceful_shutdown: bool = True,
+        metrics_labels: MetricsLabels | None = None,
+        health_check_payload: dict[str, Any] | None = None,
+        instance_id: int | None = None,
+    ) -> "ServedEndpoint":
+        """Serve a handler that pushes its answers. `instance_id`: for several workers in one process."""
+        runtime = self.runtime
+        instance_id = runtime.instance_id if instance_id is None else instance_id
+        if not 0 < instance_id < 1 << 63:
+            raise InvalidArgument(f"instance_id {instance_id} is not between 1 and 2**63 - 1", "instance_id")
+        server = await runtime.serving()
+        route = server.add_route(self.address.wire_path(instance_id), handler, NoStats())
+        served = ServedEndpoint(self, instance_id, route, graceful_shutdown)
+        try:
+            await served.register()
+        except BaseException:
+            server.remove_route(route)
+            raise
+        runtime.served.append(served)
+        return served
+
+    async def unregister_endpoint_instance(self) -> None:
+        """Take this process's instances of the endpoint out of discovery; what is in flight goes on [R16]."""
+        for served in self._served_here():
+            await served.unregister()
+
+    async def register_endpoint_instance(self) -> None:
+        """Put them back."""
+        for served in self._served_here():
+            await served.register()
+
+    def _served_here(self) -> "list[ServedEndpoint]":
+        return [served for served in self.runtime.served if served.endpoint.address == self.address]
+
+    # --- calling
+
+    async def client(self, router_mode: RouterMode | None = None) -> Client:
+        """A client that knows the instances of now and follows their changes. Raises DiscoveryError."""
+        instances = await self.runtime.instances_of(self.address)
+        return Client(instances, self.runtime.pool, router_mode or RouterMode.RoundRobin)
+
+
+class ServedEndpoint:
+    """One instance of an endpoint while this process serves it."""
+
+    def __init__(self, endpoint: Endpoint, instance_id: int, route: Route, graceful: bool) -> None:
+        self.endpoint = endpoint
+        self.instance_id = instance_id
+        self.route = route
+        self.graceful = graceful
+        self._registered = False
+        self._done = asyncio.Event()
+
+    @property
+    def key(self) -> str:
+        """Where it stands in discovery."""
+        return self.endpoint.address.instance_key(self.instance_id)
+
+    async def register(self) -> None:
+        """Let callers find it. Raises DiscoveryError."""
+        if not self._registered:
+            runtime = self.endpoint.runtime
+            record = instance_record(self.endpoint.address, self.instance_id, (await runtime.serving()).host_port)
+            await runtime.discovery.put(self.key, record, create=True)
+            self._registered = True
+
+    async def unregister(self) -> None:
+        """Let no new caller find it. Raises DiscoveryError."""
+        if self._registered:
+            self._registered = False
+            await self.endpoint.runtime.discovery.delete(self.key)
+
+    async def stop(self, drain_s: float = 0.0) -> None:
+        """Stop serving this one: leave discovery, finish what is in flight within `drain_s`, kill the rest."""
+        await self.unregister()
+        self.route.admitting = False
+        await self.route.drained(drain_s)
+        self.finish("it has stopped")
+
+    def finish(self, reason: str) -> None:
+        """Kill what is still in flight and forget the route."""
+        self.route.admitting = False
+        self.route.abort(f"{self.endpoint.path}: {reason}")
+        runtime = self.endpoint.runtime
+        runtime.forget(self)
+        self._done.set()
+
+    async def finished(self) -> None:
+        """Wait until it is no longer served."""
+        await self._done.wait()  # no deadline: serving lasts until somebody ends it

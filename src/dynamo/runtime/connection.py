@@ -1,0 +1,378 @@
+"""How does a caller reach a worker process, and learn what became of each of its requests?
+
+One `Connection` a worker process, shared by all clients of a runtime. Frames are handled in the socket's
+callback: decode once, call the sinks, flush each sink touched. The pool owns the connections.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from dynamo.runtime import wire
+from dynamo.runtime.address import split_host_port
+from dynamo.runtime.context import CancelLevel, Context
+from dynamo.runtime.errors import (
+    Cancelled,
+    CannotConnect,
+    Disconnected,
+    DynamoException,
+    InvalidArgument,
+    Unknown,
+    WorkerOverloaded,
+    from_wire,
+)
+from dynamo.runtime.instances import Target
+from dynamo.runtime.options import env_number
+from dynamo.runtime.streams import StreamSink
+
+log = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 3.0  # DYN_TCP_CONNECT_TIMEOUT, the default users know
+PING_INTERVAL_S = 2.0  # DYN_TCP_PING_INTERVAL_SECS
+MISSED_PINGS = 3  # so a silent peer is given up after 6 to 8 s
+MAX_UNSENT_BYTES = 64 << 20  # two largest messages; a peer that leaves more unread is not reading
+
+
+class Call:
+    """One request in flight, from the caller's side."""
+
+    __slots__ = ("_connection", "context", "id", "on_flow", "sink", "target")
+
+    def __init__(self, connection: "Connection", id: int, target: Target, sink: StreamSink, context: Context) -> None:  # noqa: A002
+        self._connection = connection
+        self.id = id
+        self.target = target
+        self.sink = sink
+        self.context = context
+        self.on_flow: Callable[[bool], None] | None = None
+
+    def cancel(self, level: CancelLevel) -> None:
+        """Tell the worker. After `kill` the sink hears nothing more."""
+        self._connection.cancel(self, level)
+
+    def flow(self, go: bool) -> None:
+        """Ask a worker that can wait to wait, or to go on."""
+        self._connection.send(wire.FLOW, (self.id, go))
+
+    def data(self, item: object) -> None:
+        """One more item of a bidirectional request. Raises InvalidArgument if it cannot be sent."""
+        self._connection.send(wire.DATA, (self.id, item))
+
+    def end(self) -> None:
+        """No more `data`."""
+        self._connection.send(wire.END, (self.id,))
+
+
+class Connection(asyncio.Protocol):
+    """One TCP connection to a worker process."""
+
+    def __init__(self, host_port: str, pool: "ConnectionPool") -> None:
+        self.host_port = host_port
+        self.calls: dict[int, Call] = {}
+        self.closed = False
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._reader = wire.FrameReader(pool.max_message_bytes)
+        self._peer_max = pool.max_message_bytes
+        self._transport: asyncio.Transport | None = None
+        self._greeting: asyncio.Future[None] = self._loop.create_future()
+        self._out: list[bytes | bytearray] = []
+        self._scheduled = False
+        self._next_id = 1
+        self._heard = True
+        self._missed = 0
+        self.retired = False
+
+    # --- the caller's side
+
+    def call(
+        self, target: Target, request: object, sink: StreamSink, context: Context, headers: dict[str, str] | None = None
+    ) -> Call:
+        """Send a request. Raises InvalidArgument, WorkerOverloaded or Cancelled without having sent anything."""
+        if context.is_stopped():
+            raise Cancelled("the request was cancelled before it was sent")
+        if self._unsent_bytes() > MAX_UNSENT_BYTES:
+            raise WorkerOverloaded(f"worker {target.instance} at {self.host_port} is not reading what is sent to it")
+        call = Call(self, self._next_id, target, sink, context)
+        self._next_id += 1
+        all_headers = context.to_headers()
+        if headers:
+            all_headers.update(headers)
+        self.send(wire.REQUEST, (call.id, target.path, all_headers, request))
+        self.calls[call.id] = call
+        target.inflight += 1
+        context.watch(call.cancel)
+        return call
+
+    def send(self, kind: int, body: object) -> None:
+        """Queue one frame; all frames of one turn leave together. Raises InvalidArgument."""
+        try:
+            buffer = wire.frame(kind, body)
+        except (TypeError, ValueError, OverflowError) as e:
+            raise InvalidArgument(f"the request cannot be encoded: {e}") from e
+        wire.check_size(buffer, self._peer_max, "the request")
+        self._out.append(buffer)
+        if not self._scheduled and self._greeting.done():
+            self._scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def cancel(self, call: Call, level: CancelLevel) -> None:
+        """See `Call.cancel`."""
+        if self.calls.get(call.id) is not call:
+            return
+        if level == "kill":
+            self._forget(call)
+        self.send(wire.CANCEL, (call.id, level))
+
+    def _flush(self) -> None:
+        self._scheduled = False
+        out = self._out
+        if self._transport is None or not out:
+            return
+        self._out = []
+        if len(out) == 1:
+            self._transport.write(out[0])
+        else:
+            self._transport.writelines(out)
+
+    def _unsent_bytes(self) -> int:
+        queued = sum(map(len, self._out)) if self._out else 0
+        return queued + (self._transport.get_write_buffer_size() if self._transport is not None else 0)
+
+    def _forget(self, call: Call) -> None:
+        del self.calls[call.id]
+        call.target.inflight -= 1
+        call.context.unwatch(call.cancel)
+        if self.retired and not self.calls:
+            self._loop.call_soon(self.close_if_idle)
+
+    # --- the socket's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.write(wire.PREAMBLE + wire.frame(wire.HELLO, (self._pool.max_message_bytes, self._pool.process)))
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        touched: dict[int, StreamSink] = {}
+        try:
+            for kind, body in self._reader.feed(data):
+                if kind == wire.ITEMS:
+                    self._on_items(wire.decode_items(body), touched)
+                else:
+                    self._on_frame(kind, body, touched)
+        except (wire.ProtocolError, msgspec.DecodeError) as e:
+            log.warning("closing the connection to %s, which does not speak our protocol: %s", self.host_port, e)
+            self.fail(Disconnected(f"{self.host_port} sent what is not our protocol: {e}"))
+        for sink in touched.values():
+            try:
+                sink.flush()
+            except Exception:
+                log.exception("a response sink failed to flush")
+
+    def _on_items(self, frame: wire.Items, touched: dict[int, StreamSink]) -> None:
+        calls = self.calls
+        for stream, item in zip(frame.streams, frame.items, strict=False):
+            call = calls.get(stream)
+            if call is None:
+                continue  # the caller has left
+            sink = call.sink
+            touched[stream] = sink
+            try:
+                sink.on_item(item)
+            except Exception as e:
+                self._sink_failed(call, e)
+        for stream in frame.ended:
+            call = calls.get(stream)
+            if call is not None:
+                touched[stream] = call.sink
+                self._forget(call)
+                try:
+                    call.sink.on_end()
+                except Exception:
+                    log.exception("a response sink failed at the end of its stream")
+
+    def _on_frame(self, kind: int, body: memoryview, touched: dict[int, StreamSink]) -> None:
+        if kind == wire.PONG:
+            return
+        if kind == wire.ERROR:
+            failed = wire.decode_failed(body)
+            call = self.calls.get(failed.stream)
+            if call is not None:
+                touched[failed.stream] = call.sink
+                self._end_call(call, from_wire(failed.error))
+        elif kind == wire.FLOW:
+            flow = wire.decode_flow(body)
+            call = self.calls.get(flow.stream)
+            if call is not None and call.on_flow is not None:
+                call.on_flow(flow.go)
+        elif kind == wire.LEAVING:
+            instance_ids = wire.decode_ids(body)
+            self._pool.leaving(instance_ids)
+            self.send(wire.LEFT, instance_ids)
+        elif kind == wire.HELLO:
+            hello = wire.decode_hello(body)
+            self._peer_max = min(self._peer_max, hello.max_message_bytes)
+            if not self._greeting.done():
+                self._greeting.set_result(None)
+                self._flush()
+        else:
+            raise wire.ProtocolError(f"a frame of kind {kind}")
+
+    def _end_call(self, call: Call, error: DynamoException) -> None:
+        self._forget(call)
+        try:
+            call.sink.on_error(error)
+        except Exception:
+            log.exception("a response sink failed at an error")
+        self._pool.call_failed(call.target, error)
+
+    def _sink_failed(self, call: Call, error: Exception) -> None:
+        log.error("a response sink failed; its stream is cancelled", exc_info=error)
+        call.cancel("kill")
+        try:
+            call.sink.on_error(Unknown(f"the receiver of the stream failed: {type(error).__name__}: {error}"))
+        except Exception:
+            log.exception("a response sink failed at an error")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.fail(Disconnected(f"the connection to {self.host_port} broke: {exc or 'closed by the worker'}"))
+
+    def fail(self, error: DynamoException, in_order: bool = False) -> None:
+        """End the connection and everything on it. `in_order` lets what is already written out first."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._transport is not None:
+            if in_order:
+                self._transport.close()
+            else:
+                self._transport.abort()
+        if not self._greeting.done():
+            self._greeting.cancel()
+        self._pool.connection_failed(self)
+        sinks = [call.sink for call in self.calls.values()]
+        for call in tuple(self.calls.values()):
+            self._end_call(call, error)
+        for sink in sinks:
+            try:
+                sink.flush()
+            except Exception:
+                log.exception("a response sink failed to flush")
+
+    def close_if_idle(self) -> None:
+        """Close a connection whose worker has left, once nothing is in flight."""
+        if self.retired and not self.calls and not self.closed:
+            self.close()
+
+    def close(self) -> None:
+        """Close in order, from our side."""
+        self.retired = True
+        self._flush()
+        self.fail(Disconnected("the caller's runtime is closing"), in_order=True)
+
+    async def connect(self) -> None:
+        """Open the connection and wait for the worker's greeting. Never raises: failure ends all calls."""
+        host, port = split_host_port(self.host_port)
+        limit_s = self._pool.connect_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._loop.create_connection(lambda: self, host, port)
+                await self._greeting
+        except TimeoutError:
+            self.fail(CannotConnect(f"{self.host_port} did not answer within {limit_s:g} s"))
+        except OSError as e:
+            self.fail(CannotConnect(f"cannot connect to {self.host_port}: {e.strerror or e}"))
+
+    def tick(self) -> None:
+        """Every PING_INTERVAL_S: ask for a sign of life, and give up on who gave none three times in a row."""
+        if not self._greeting.done() or self.closed:
+            return
+        self._missed = 0 if self._heard else self._missed + 1
+        self._heard = False
+        if self._missed >= MISSED_PINGS:
+            silent_s = MISSED_PINGS * self._pool.ping_interval_s
+            log.warning("worker at %s was silent for %g s; giving the connection up", self.host_port, silent_s)
+            self.fail(Disconnected(f"{self.host_port} was silent for {silent_s:g} s"))
+        elif self._transport is not None:
+            self._transport.write(wire.PING_FRAME)
+
+
+class ConnectionPool:
+    """All connections of one runtime to workers."""
+
+    def __init__(self, process: str) -> None:
+        self.process = process
+        self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
+        self.connect_timeout_s = env_number("DYN_TCP_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S)
+        self.ping_interval_s = env_number("DYN_TCP_PING_INTERVAL_SECS", PING_INTERVAL_S)
+        self.on_call_failed: list[Callable[[Target, DynamoException], None]] = []
+        self.on_connection_failed: list[Callable[[str], None]] = []
+        self.on_leaving: list[Callable[[list[int]], None]] = []
+        self._connections: dict[str, Connection] = {}
+        self._uses: dict[str, int] = {}
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def get(self, host_port: str) -> Connection:
+        """The connection to a worker process; a new one begins to connect, and takes calls at once."""
+        connection = self._connections.get(host_port)
+        if connection is None:
+            connection = self._connections[host_port] = Connection(host_port, self)
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(connection.connect(), name=f"connect {host_port}")
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+            if self._timer is None:
+                self._timer = loop.call_later(self.ping_interval_s, self._tick, loop)
+        return connection
+
+    def use(self, host_port: str, used: bool) -> None:
+        """Count who needs an address; one that nobody needs is closed when nothing is in flight on it."""
+        count = self._uses.get(host_port, 0) + (1 if used else -1)
+        connection = self._connections.get(host_port)
+        if count > 0:
+            self._uses[host_port] = count
+            if connection is not None:
+                connection.retired = False
+            return
+        self._uses.pop(host_port, None)
+        if connection is not None:
+            connection.retired = True
+            connection.close_if_idle()
+
+    def call_failed(self, target: Target, error: DynamoException) -> None:
+        """Tell who chooses instances."""
+        for listener in self.on_call_failed:
+            listener(target, error)
+
+    def connection_failed(self, connection: Connection) -> None:
+        """Forget a connection; the next call makes a new one."""
+        if self._connections.get(connection.host_port) is connection:
+            del self._connections[connection.host_port]
+        if not connection.retired:
+            for listener in self.on_connection_failed:
+                listener(connection.host_port)
+
+    def leaving(self, instance_ids: list[int]) -> None:
+        """A worker said that these instances take no more requests."""
+        for listener in self.on_leaving:
+            listener(instance_ids)
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(self.ping_interval_s, self._tick, loop)
+        for connection in tuple(self._connections.values()):
+            connection.tick()
+
+    async def close(self) -> None:
+        """Close everything; what is in flight ends with Disconnected."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in tuple(self._connecting):
+            task.cancel()
+        await asyncio.gather(*self._connecting, return_exceptions=True)
+        for connection in tuple(self._connections.values()):
+            connection.close()

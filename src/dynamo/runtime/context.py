@@ -1,0 +1,213 @@
+"""Is this request still wanted, whose is it, and what travels with it?
+
+A `Context` exists at both ends of a request. Stopping or killing the caller's reaches the worker's as a
+CANCEL frame; losing the caller's connection kills the worker's.
+
+- stop: finish early, but in order. The stream still ends with its end mark.
+- kill: drop everything now. Implies stop.
+"""
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+CancelLevel = Literal["stop", "kill"]
+
+_TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
+_METADATA_PREFIX = "x-dynamo-meta-"
+
+
+class Context:
+    """One request's identity, metadata, trace and wish to go on.
+
+    `metadata` is a plain `dict[str, str]` that every hop passes on. Not thread-safe: use it on its loop.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_first_token_callbacks",
+        "_id",
+        "_killed",
+        "_span_id",
+        "_stopped",
+        "_trace_id",
+        "_traceparent",
+        "_tracestate",
+        "_watchers",
+        "_x_request_id",
+        "first_token_ns",
+        "metadata",
+    )
+
+    def __init__(self, id: str | None = None, metadata: Mapping[str, str] | None = None) -> None:  # noqa: A002
+        self._id = id or str(uuid.uuid4())
+        self.metadata: dict[str, str] = dict(metadata) if metadata else {}
+        self.first_token_ns: int | None = None
+        self._stopped = False
+        self._killed = False
+        self._watchers: list[Callable[[CancelLevel], None]] = []
+        self._first_token_callbacks: list[Callable[[], None]] = []
+        self._traceparent: str | None = None
+        self._tracestate: str | None = None
+        self._x_request_id: str | None = None
+        self._trace_id: str | None = None
+        self._span_id: str | None = None
+
+    def __repr__(self) -> str:
+        state = "killed" if self._killed else "stopped" if self._stopped else "running"
+        return f"Context({self._id!r}, {state})"
+
+    def id(self) -> str:
+        """The request id, the same at every hop."""
+        return self._id
+
+    # --- cancellation
+
+    def is_stopped(self) -> bool:
+        """Whether the caller wants no more (true as well once killed)."""
+        return self._stopped
+
+    def is_killed(self) -> bool:
+        """Whether the caller is gone or wants everything dropped at once."""
+        return self._killed
+
+    def stop_generating(self) -> None:
+        """Ask the worker to finish early. The stream still ends in order."""
+        if not self._stopped:
+            self._stopped = True
+            self._tell("stop")
+
+    def kill(self) -> None:
+        """Drop the request at both ends, now."""
+        if not self._killed:
+            self._killed = self._stopped = True
+            self._tell("kill")
+
+    def on_stop(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once when stop or kill arrives, here or over the wire; at once if it already has."""
+        if self._stopped:
+            callback()
+            return
+
+        def once(_level: CancelLevel) -> None:
+            self.unwatch(once)
+            callback()
+
+        self._watchers.append(once)
+
+    def watch(self, callback: Callable[[CancelLevel], None]) -> None:
+        """Call `callback("stop")` and `callback("kill")` as they come (a kill may come without a stop)."""
+        self._watchers.append(callback)
+
+    def unwatch(self, callback: Callable[[CancelLevel], None]) -> None:
+        """Forget a callback given to `watch`; unknown ones are ignored."""
+        if callback in self._watchers:
+            self._watchers.remove(callback)
+
+    def _tell(self, level: CancelLevel) -> None:
+        for watcher in tuple(self._watchers):
+            watcher(level)
+
+    def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
+        """A future that becomes True when the request is stopped or killed."""
+        future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def resolve() -> None:
+            if not future.done():
+                future.set_result(True)
+
+        self.on_stop(resolve)
+        return future
+
+    def detached(self, id: str | None = None) -> "Context":  # noqa: A002 - the name users know
+        """A context with the same metadata and trace whose cancellation is its own."""
+        other = Context(id, self.metadata)
+        other._traceparent = self.trace_headers().get("traceparent")
+        other._tracestate = self._tracestate
+        other._x_request_id = self._x_request_id
+        return other
+
+    # --- first token
+
+    def notify_first_token(self) -> None:
+        """Say that the first token exists, for those who measure or wait for it. Later calls do nothing."""
+        if self.first_token_ns is None:
+            self.first_token_ns = time.monotonic_ns()
+            for callback in self._first_token_callbacks:
+                callback()
+            self._first_token_callbacks.clear()
+
+    def on_first_token(self, callback: Callable[[], None]) -> None:
+        """Call `callback` once at the first `notify_first_token`; at once if it was already called."""
+        if self.first_token_ns is not None:
+            callback()
+        else:
+            self._first_token_callbacks.append(callback)
+
+    # --- tracing (W3C trace context, https://www.w3.org/TR/trace-context/)
+
+    @property
+    def trace_id(self) -> str:
+        """32 hex digits: the caller's trace, or one begun here."""
+        if self._trace_id is None:
+            parts = (self._traceparent or "").split("-")
+            self._trace_id = parts[1] if _is_traceparent(parts) else os.urandom(16).hex()
+        return self._trace_id
+
+    @property
+    def span_id(self) -> str:
+        """16 hex digits: this hop's own span."""
+        if self._span_id is None:
+            self._span_id = os.urandom(8).hex()
+        return self._span_id
+
+    @property
+    def parent_span_id(self) -> str | None:
+        """16 hex digits: the caller's span, if it sent one."""
+        parts = (self._traceparent or "").split("-")
+        return parts[2] if _is_traceparent(parts) else None
+
+    def set_trace(self, headers: Mapping[str, str]) -> None:
+        """Continue the trace of `headers` (lower-case names): traceparent, tracestate, x-request-id."""
+        self._traceparent = headers.get("traceparent")
+        self._tracestate = headers.get("tracestate")
+        self._x_request_id = headers.get("x-request-id")
+        self._trace_id = None
+
+    def trace_headers(self) -> dict[str, str]:
+        """What to send to the next hop so that it continues this trace."""
+        parts = (self._traceparent or "").split("-")
+        flags = parts[3] if _is_traceparent(parts) else "01"
+        headers = {
+            "traceparent": f"00-{self.trace_id}-{self.span_id}-{flags}",
+            "x-request-id": self._x_request_id or self._id,
+        }
+        if self._tracestate:
+            headers["tracestate"] = self._tracestate
+        return headers
+
+    # --- the wire
+
+    def to_headers(self) -> dict[str, str]:
+        """Everything of this context that travels with a request."""
+        headers = self.trace_headers()
+        headers["request-id"] = self._id
+        for name, value in self.metadata.items():
+            headers[_METADATA_PREFIX + name] = value
+        return headers
+
+    @classmethod
+    def from_headers(cls, headers: Mapping[str, str]) -> "Context":
+        """The worker's context for a request that came with `headers`."""
+        cut = len(_METADATA_PREFIX)
+        metadata = {name[cut:]: value for name, value in headers.items() if name.startswith(_METADATA_PREFIX)}
+        context = cls(headers.get("request-id"), metadata)
+        context.set_trace(headers)
+        return context
+
+
+def _is_traceparent(parts: list[str]) -> bool:
+    return len(parts) >= 4 and len(parts[1]) == 32 and len(parts[2]) == 16

@@ -1,0 +1,169 @@
+"""What does one process share with its deployment?
+
+`DistributedRuntime` owns the process's discovery, its listener, its connections to workers, its metrics and
+health, and the order in which all that ends.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from dynamo.runtime.address import EndpointAddress
+from dynamo.runtime.component import Endpoint, Namespace, ServedEndpoint
+from dynamo.runtime.connection import ConnectionPool
+from dynamo.runtime.discovery import Discovery, open_discovery
+from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.instances import InstanceSet
+from dynamo.runtime.options import env_number
+from dynamo.runtime.server import RequestServer
+
+if TYPE_CHECKING:
+    from dynamo.runtime.health import Health
+    from dynamo.runtime.metrics import Metrics
+    from dynamo.runtime.system_server import SystemServer
+
+log = logging.getLogger(__name__)
+
+GRACE_S = 5.0  # DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS: callers still send while they learn that we leave
+DRAIN_S = 30.0  # DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS: requests in flight get this long
+
+EngineRoute = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
+
+
+class DistributedRuntime:
+    """One process's part in a deployment.
+
+    Args:
+        event_loop: kept for scripts that pass it; the runtime uses the loop it is called on.
+        discovery_backend: auto, file, mem, etcd or kubernetes; else DYN_DISCOVERY_BACKEND.
+        request_plane: only `tcp`; else DYN_REQUEST_PLANE.
+        enable_nats: ignored, kept for scripts that pass it.
+        event_plane: only `zmq`; else DYN_EVENT_PLANE.
+        response_plane: only `tcp`: answers come back on the request's connection.
+
+    Raises:
+        ValueError: a plane or backend that is unknown or not in this version.
+    """
+
+    def __init__(
+        self,
+        event_loop: asyncio.AbstractEventLoop | None = None,
+        discovery_backend: str | None = None,
+        request_plane: str | None = None,
+        enable_nats: bool | None = None,
+        *,
+        event_plane: str | None = None,
+        response_plane: str | None = None,
+    ) -> None:
+        _only("request plane", request_plane or os.environ.get("DYN_REQUEST_PLANE"), "tcp", "DYN_REQUEST_PLANE")
+        _only("event plane", event_plane or os.environ.get("DYN_EVENT_PLANE"), "zmq", "DYN_EVENT_PLANE")
+        _only("response plane", response_plane or os.environ.get("DYN_RESPONSE_PLANE"), "tcp", "DYN_RESPONSE_PLANE")
+        self.discovery: Discovery = open_discovery(discovery_backend)
+        self.instance_id = secrets.randbelow((1 << 63) - 1) + 1
+        self.process = f"{socket.gethostname()}/{os.getpid()}"
+        self.pool = ConnectionPool(self.process)
+        self.server = RequestServer(self.process)
+        self.served: list[ServedEndpoint] = []
+        self.engine_routes: dict[str, EngineRoute] = {}
+        self._instances: dict[EndpointAddress, InstanceSet] = {}
+        self._shutdown = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+
+    # --- names
+
+    def endpoint(self, path: str) -> Endpoint:
+        """The endpoint `ns.comp.ep` or `dyn://ns.comp.ep`. Raises ValueError."""
+        return Endpoint(self, EndpointAddress.parse(path))
+
+    def namespace(self, name: str) -> Namespace:
+        """A namespace, as the first generation of this interface names endpoints. Raises ValueError."""
+        return Namespace(self, name)
+
+    # --- for components and clients
+
+    async def serving(self) -> RequestServer:
+        """The listener, listening. Raises CannotConnect."""
+        await self.server.start()
+        return self.server
+
+    async def instances_of(self, address: EndpointAddress) -> InstanceSet:
+        """The live instances of an endpoint; one set for all clients. Raises DiscoveryError."""
+        known = self._instances.get(address)
+        if known is None:
+            known = self._instances[address] = InstanceSet(address, self.discovery, self.pool.use)
+            try:
+                await known.start()
+            except BaseException:
+                del self._instances[address]
+                raise
+            self.pool.on_connection_failed.append(known.inhibit_address)
+            self.pool.on_leaving.append(known.leaving)
+        return known
+
+    def forget(self, served: ServedEndpoint) -> None:
+        """An endpoint is no longer served."""
+        self.server.remove_route(served.route)
+        if served in self.served:
+            self.served.remove(served)
+
+    # --- the end
+
+    def shutdown(self) -> None:
+        """Begin to leave, in order; returns at once. Later calls do nothing."""
+        if not self._shutdown.is_set():
+            self._shutdown.set()
+            self._ending = asyncio.get_running_loop().create_task(self._leave(), name="runtime shutdown")
+
+    def is_shutting_down(self) -> bool:
+        """Whether `shutdown` was called."""
+        return self._shutdown.is_set()
+
+    async def wait_drained(self) -> None:
+        """Wait until `shutdown` was called and everything it waits for is over."""
+        await self._shutdown.wait()
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+
+    async def wait_shutdown(self) -> None:
+        """Wait until `shutdown` is called."""
+        await self._shutdown.wait()  # no deadline: that is what a server does
+
+    async def close(self) -> None:
+        """Leave in order and close everything. Safe to call twice."""
+        self.shutdown()
+        assert self._ending is not None
+        await self._ending
+        await self.pool.close()
+        for instances in self._instances.values():
+            await instances.close()
+        self._instances.clear()
+        await self.discovery.close()
+
+    async def _leave(self) -> None:
+        """Leave discovery, give callers time to learn it, admit nothing new, finish what is in flight."""
+        served = tuple(self.served)
+        for one in served:
+            try:
+                await one.unregister()
+            except DynamoException as e:
+                log.warning("leaving discovery: %s; the entry will expire", e)
+        grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
+        if served and self.server.connections:
+            await self.server.tell_leaving([one.instance_id for one in served], grace_s)
+        self.server.admitting = False
+        drain_s = env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
+        await asyncio.gather(*(one.route.drained(drain_s) for one in served if one.graceful))
+        for one in served:
+            one.finish("the worker is shutting down")
+        await self.server.close()
+
+
+def _only(what: str, given: str | None, supported: str, variable: str) -> None:
+    if given is not None and given != supported:
+        raise ValueError(f"{what} {given!r} is not in this version: use {supported} ({variable})")

@@ -1,0 +1,241 @@
+"""Which instances of an endpoint are there, which of them may be chosen, and how busy are they from here?
+
+One `InstanceSet` an endpoint and runtime, shared by all clients of it. It owns the local view: what discovery
+says, minus those that failed in the last few seconds (inhibited), minus those that said they are leaving.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from dynamo.runtime.address import EndpointAddress, split_host_port
+from dynamo.runtime.discovery import Change, Delete, Discovery
+from dynamo.runtime.options import env_number
+
+log = logging.getLogger(__name__)
+
+DEFAULT_INHIBITED_S = 5.0  # DYN_RUNTIME_INHIBITED_DURATION_SECS; 0 turns inhibition off
+
+
+@dataclass(frozen=True, slots=True)
+class TransportType:
+    """How an instance is reached: `kind` is `tcp`, `address` is `host:port/{iid:x}/{ns}/{comp}/{ep}`."""
+
+    kind: str
+    address: str
+
+
+class Instance(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's offer of one endpoint, as it stands in discovery (facts row R8)."""
+
+    component: str
+    endpoint: str
+    namespace: str
+    instance_id: int
+    transport_by_kind: dict[str, str] = msgspec.field(name="transport")
+    device_type: str = "cpu"
+    request_plane_codec: str = "json"  # a record without the field comes from a worker that speaks JSON
+    type: str = "Endpoint"
+
+    @property
+    def transport(self) -> TransportType:
+        """The first transport offered."""
+        kind, address = next(iter(self.transport_by_kind.items()), ("", ""))
+        return TransportType(kind, address)
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.component}/{self.endpoint}/{self.instance_id}"
+
+
+def device_type() -> str:
+    """`cuda` if this process can see an NVIDIA device, else `cpu`. Looks at device files only: loads no library."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "unset").strip() in ("", "-1")
+    return "cuda" if not hidden and os.path.exists("/dev/nvidiactl") else "cpu"
+
+
+def instance_record(address: EndpointAddress, instance_id: int, host_port: str) -> bytes:
+    """The JSON of an instance record."""
+    return msgspec.json.encode(
+        Instance(
+            component=address.component,
+            endpoint=address.endpoint,
+            namespace=address.namespace,
+            instance_id=instance_id,
+            transport_by_kind={"tcp": f"{host_port}/{address.wire_path(instance_id)}"},
+            device_type=device_type(),
+            request_plane_codec="msgpack",
+        )
+    )
+
+
+def parse_instance(key: str, value: bytes) -> "Target":
+    """Read a record. Raises ValueError for anything a request cannot be sent to."""
+    instance = msgspec.json.decode(value, type=Instance)
+    tcp = instance.transport_by_kind.get("tcp")
+    if tcp is None:
+        raise ValueError(f"its transport is {list(instance.transport_by_kind)}, not tcp")
+    host_port, slash, path = tcp.partition("/")
+    split_host_port(host_port)
+    if not slash or int(key.rpartition("/")[2], 16) != instance.instance_id:
+        raise ValueError(f"its transport {tcp!r} or instance id {instance.instance_id:x} does not fit its key")
+    return Target(instance, host_port, path)
+
+
+@dataclass(slots=True, eq=False)
+class Target:
+    """One instance as a place to send to. `inflight` counts this process's requests there."""
+
+    instance: Instance
+    host_port: str
+    path: str
+    inflight: int = 0
+
+    @property
+    def instance_id(self) -> int:
+        return self.instance.instance_id
+
+    @property
+    def device_type(self) -> str:
+        return self.instance.device_type
+
+
+@dataclass(slots=True, eq=False)
+class InstanceSet:
+    """The live instances of one endpoint, kept up to date by a watch."""
+
+    address: EndpointAddress
+    discovery: Discovery
+    on_address: Callable[[str, bool], None]
+    """Called with a `host:port` and True when it is first needed, False when no instance is there any more."""
+    targets: dict[int, Target] = field(default_factory=dict)
+    available: list[Target] = field(default_factory=list)
+    """Those that may be chosen, by rising instance id. Replaced, never changed in place."""
+    _inhibited: dict[int, asyncio.TimerHandle | None] = field(default_factory=dict)
+    _listeners: list[Callable[[], None]] = field(default_factory=list)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _watching: asyncio.Task[None] | None = None
+    _inhibited_s: float = field(
+        default_factory=lambda: env_number("DYN_RUNTIME_INHIBITED_DURATION_SECS", DEFAULT_INHIBITED_S)
+    )
+
+    async def start(self) -> None:
+        """Take the first look (so that an unusable store is an error here), then follow. Raises DiscoveryError."""
+        prefix = self.address.instances_prefix()
+        self._replace(await self.discovery.get_prefix(prefix))
+        self._watching = asyncio.get_running_loop().create_task(self._follow(prefix), name=f"instances {self.address}")
+
+    async def close(self) -> None:
+        """Stop following."""
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        for timer in self._inhibited.values():
+            if timer is not None:
+                timer.cancel()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback` after every change of `targets` or `available`."""
+        self._listeners.append(callback)
+
+    def off_change(self, callback: Callable[[], None]) -> None:
+        """Forget a callback given to `on_change`."""
+        if callback in self._listeners:
+            self._listeners.remove(callback)
+
+    async def wait_available(self, timeout_s: float | None) -> None:
+        """Return once an instance may be chosen. Raises TimeoutError."""
+        async with asyncio.timeout(timeout_s):
+            while not self.available:
+                self._changed.clear()
+                await self._changed.wait()
+
+    # --- inhibition
+
+    def inhibit(self, instance_id: int) -> None:
+        """Leave an instance out of choices for DYN_RUNTIME_INHIBITED_DURATION_SECS."""
+        if self._inhibited_s <= 0 or instance_id not in self.targets or instance_id in self._inhibited:
+            return
+        loop = asyncio.get_running_loop()
+        self._inhibited[instance_id] = loop.call_later(self._inhibited_s, self._lift, instance_id)
+        self._tell()
+
+    def inhibit_address(self, host_port: str) -> None:
+        """The connection to a process broke: leave out all its instances."""
+        for instance_id, target in tuple(self.targets.items()):
+            if target.host_port == host_port:
+                self.inhibit(instance_id)
+
+    def leaving(self, instance_ids: list[int]) -> None:
+        """A worker said these take no more requests: leave them out until discovery says anything new."""
+        for instance_id in instance_ids:
+            if instance_id in self.targets:
+                timer = self._inhibited.get(instance_id)
+                if timer is not None:
+                    timer.cancel()
+                self._inhibited[instance_id] = None
+        self._tell()
+
+    def _lift(self, instance_id: int) -> None:
+        timer = self._inhibited.pop(instance_id, None)
+        if timer is not None:
+            timer.cancel()
+        self._tell()
+
+    # --- discovery
+
+    async def _follow(self, prefix: str) -> None:
+        async for change in self.discovery.watch(prefix):
+            self._apply(change)
+
+    def _replace(self, records: Mapping[str, bytes]) -> None:
+        for key, value in records.items():
+            self._put(key, value)
+        self._tell()
+
+    def _apply(self, change: Change) -> None:
+        if isinstance(change, Delete):
+            self._delete(change.key)
+        else:
+            self._put(change.key, change.value)
+        self._tell()
+
+    def _put(self, key: str, value: bytes) -> None:
+        try:
+            target = parse_instance(key, value)
+        except (ValueError, msgspec.DecodeError) as e:
+            log.warning("ignoring the instance record %s: %s", key, e)
+            self._delete(key)
+            return
+        known = self.targets.get(target.instance_id)
+        if known is not None:
+            target.inflight = known.inflight
+        self.targets[target.instance_id] = target
+        timer = self._inhibited.pop(target.instance_id, None)
+        if timer is not None:
+            timer.cancel()
+        if known is None or known.host_port != target.host_port:
+            self.on_address(target.host_port, True)
+            if known is not None:
+                self.on_address(known.host_port, False)
+
+    def _delete(self, key: str) -> None:
+        try:
+            instance_id = int(key.rpartition("/")[2], 16)
+        except ValueError:
+            return
+        target = self.targets.pop(instance_id, None)
+        timer = self._inhibited.pop(instance_id, None)
+        if timer is not None:
+            timer.cancel()
+        if target is not None:
+            self.on_address(target.host_port, False)
+
+    def _tell(self) -> None:
+        self.available = [t for i, t in sorted(self.targets.items()) if i not in self._inhibited]
+        self._changed.set()
+        for listener in tuple(self._listeners):
+            listener()

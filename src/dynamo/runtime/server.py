@@ -1,0 +1,541 @@
+"""How does a worker process take requests and answer them?
+
+One listener a process, many routes (an endpoint of one instance each). A `ServerConnection` is one caller
+process. Whatever the handlers send in one turn of the loop is encoded once and leaves in one frame a caller.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from dynamo.runtime import wire
+from dynamo.runtime.address import join_host_port
+from dynamo.runtime.context import CancelLevel, Context
+from dynamo.runtime.errors import (
+    Cancelled,
+    CannotConnect,
+    DiscoveryError,
+    EngineShutdown,
+    InvalidArgument,
+    WireError,
+    WorkerOverloaded,
+    to_wire,
+)
+from dynamo.runtime.options import env_number
+from dynamo.runtime.streams import PushHandler
+
+log = logging.getLogger(__name__)
+
+HIGH_WATER_BYTES = 1 << 20  # handlers that can wait do so while this much is unsent to their caller
+MAX_UNSENT_BYTES = 64 << 20  # two largest messages; a caller that leaves more unread is dropped
+MAX_STREAMS = 65536  # requests in flight from one caller process
+MAX_CONNECTIONS = 4096  # caller processes
+SILENCE_S = 8.0  # callers ping every 2 s; one that is silent for this long is gone
+TICK_S = 2.0
+
+
+class RouteStats(Protocol):
+    """Who counts what a route does. All calls are cheap: once a request or once a frame, never once an item."""
+
+    def started(self, request_bytes: int) -> None: ...
+
+    def finished(self, seconds: float, error: str | None) -> None: ...
+
+    def sent(self, response_bytes: int) -> None: ...
+
+    def cancelled(self) -> None: ...
+
+
+class NoStats:
+    """Counts nothing."""
+
+    def started(self, request_bytes: int) -> None: ...
+
+    def finished(self, seconds: float, error: str | None) -> None: ...
+
+    def sent(self, response_bytes: int) -> None: ...
+
+    def cancelled(self) -> None: ...
+
+
+class Route:
+    """One endpoint of one instance: who handles its requests, and how many are in flight."""
+
+    def __init__(self, path: str, handler: PushHandler, stats: RouteStats) -> None:
+        self.path = path
+        self.handler = handler
+        self.stats = stats
+        self.admitting = True
+        self.streams: set[ServerStream] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def add(self, stream: "ServerStream") -> None:
+        """One more in flight."""
+        self.streams.add(stream)
+        self._idle.clear()
+
+    def remove(self, stream: "ServerStream") -> None:
+        """One less."""
+        self.streams.discard(stream)
+        if not self.streams:
+            self._idle.set()
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Whether nothing is in flight any more, after at most `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def abort(self, reason: str) -> None:
+        """Kill what is in flight; its callers get EngineShutdown."""
+        for stream in tuple(self.streams):
+            stream.fail(EngineShutdown(reason))
+            stream.context.kill()
+
+
+class ServerStream:
+    """One request in flight, from the worker's side: the `ResponseStream` that handlers get."""
+
+    __slots__ = ("_connection", "_flow", "_started", "context", "id", "on_data", "open", "route")
+
+    def __init__(self, connection: "ServerConnection", id: int, route: Route, context: Context) -> None:  # noqa: A002
+        self._connection = connection
+        self.id = id
+        self.route = route
+        self.context = context
+        self.open = True
+        self.on_data: Callable[[msgspec.Raw | None], None] | None = None
+        self._flow: asyncio.Future[None] | None = None
+        self._started = time.perf_counter()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the stream ended, failed, or lost its caller."""
+        return not self.open
+
+    def send(self, item: object) -> None:
+        """Queue one item; it is encoded at the end of this turn of the loop, so do not change it until then."""
+        if self.open:
+            connection = self._connection
+            connection.streams_out.append(self)
+            connection.items_out.append(item)
+            if not connection.scheduled:
+                connection.scheduled = True
+                connection.loop.call_soon(connection.flush)
+
+    def send_now(self, item: object) -> None:
+        """Like `send`, for an item that its maker may change afterwards. Raises TypeError if it cannot be sent."""
+        self.send(msgspec.Raw(wire.encode(item)))
+
+    def end(self) -> None:
+        """Finish the stream."""
+        if self.open:
+            self._connection.ended_out.append(self.id)
+            self._connection.schedule()
+            self.close(None)
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream with an error."""
+        if self.open:
+            described = to_wire(error)
+            self._connection.errors_out.append((self.id, described))
+            self._connection.schedule()
+            self.close(described.kind)
+
+    def request_flow(self, go: bool) -> None:
+        """Ask the caller of a bidirectional stream to wait, or to go on."""
+        self._connection.flow_out.append((self.id, go))
+        self._connection.schedule()
+
+    def cancel(self, level: CancelLevel) -> None:
+        """The caller stops or kills the request."""
+        self.route.stats.cancelled()
+        if level == "kill":
+            self.close(Cancelled.__name__)
+            self.context.kill()
+        else:
+            self.context.stop_generating()
+
+    def close(self, error: str | None) -> None:
+        """Nothing is sent any more."""
+        if self.open:
+            self.open = False
+            self._connection.streams.pop(self.id, None)
+            self.route.remove(self)
+            self.route.stats.finished(time.perf_counter() - self._started, error)
+            self.set_flow(True)
+
+    # --- for handlers that can wait
+
+    def set_flow(self, go: bool) -> None:
+        """The caller cannot, or can again, take more of this stream."""
+        if not go:
+            if self._flow is None:
+                self._flow = self._connection.loop.create_future()
+        elif self._flow is not None:
+            flow, self._flow = self._flow, None
+            if not flow.done():
+                flow.set_result(None)
+
+    @property
+    def congested(self) -> bool:
+        """Whether what is sent now would only pile up."""
+        return self._flow is not None or self._connection.congested is not None
+
+    async def clear(self) -> None:
+        """Wait until the caller takes more, or the stream is closed (a caller that is gone closes it)."""
+        while self.open:
+            waiting = self._flow or self._connection.congested
+            if waiting is None:
+                return
+            await asyncio.shield(waiting)
+
+
+class ServerConnection(asyncio.Protocol):
+    """One caller process."""
+
+    def __init__(self, server: "RequestServer") -> None:
+        self.loop = asyncio.get_running_loop()
+        self.streams: dict[int, ServerStream] = {}
+        self.streams_out: list[ServerStream] = []
+        self.items_out: list[object] = []
+        self.ended_out: list[int] = []
+        self.errors_out: list[tuple[int, WireError]] = []
+        self.flow_out: list[tuple[int, bool]] = []
+        self.scheduled = False
+        self.congested: asyncio.Future[None] | None = None
+        self.left: set[int] = set()
+        self._server = server
+        self._reader = wire.FrameReader(server.max_message_bytes)
+        self._peer_max = server.max_message_bytes
+        self._transport: asyncio.Transport | None = None
+        self._peer = "?"
+        self._heard = True
+        self._missed = 0
+
+    # --- the socket's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._peer = str(transport.get_extra_info("peername"))
+        if len(self._server.connections) >= MAX_CONNECTIONS:
+            self.drop(f"there are already {MAX_CONNECTIONS} callers")
+            return
+        transport.set_write_buffer_limits(high=HIGH_WATER_BYTES)
+        self._server.add(self)
+        hello = wire.frame(wire.HELLO, (self._server.max_message_bytes, self._server.process))
+        transport.write(wire.PREAMBLE + hello)
+
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        try:
+            for kind, body in self._reader.feed(data):
+                self._on_frame(kind, body)
+        except (wire.ProtocolError, msgspec.DecodeError) as e:
+            self.drop(f"it does not speak our protocol: {e}")
+
+    def _on_frame(self, kind: int, body: memoryview) -> None:
+        if kind == wire.REQUEST:
+            self._on_request(wire.decode_request(body), len(body))
+        elif kind == wire.PING:
+            self._write(wire.PONG_FRAME)
+        elif kind == wire.CANCEL:
+            cancel = wire.decode_cancel(body)
+            stream = self.streams.get(cancel.stream)
+            if stream is not None:
+                stream.cancel("kill" if cancel.level == "kill" else "stop")
+        elif kind == wire.DATA:
+            data = wire.decode_data(body)
+            stream = self.streams.get(data.stream)
+            if stream is not None and stream.on_data is not None:
+                stream.on_data(data.item)
+        elif kind == wire.END:
+            stream = self.streams.get(wire.decode_end(body).stream)
+            if stream is not None and stream.on_data is not None:
+                stream.on_data(None)
+        elif kind == wire.FLOW:
+            flow = wire.decode_flow(body)
+            stream = self.streams.get(flow.stream)
+            if stream is not None:
+                stream.set_flow(flow.go)
+        elif kind == wire.HELLO:
+            self._peer_max = min(self._peer_max, wire.decode_hello(body).max_message_bytes)
+        elif kind == wire.LEFT:
+            self.left.update(wire.decode_ids(body))
+            self._server.on_left()
+        else:
+            raise wire.ProtocolError(f"a frame of kind {kind}")
+
+    def _on_request(self, request: wire.Request, size: int) -> None:
+        if request.stream in self.streams:
+            raise wire.ProtocolError(f"a second request on stream {request.stream}")
+        route = self._server.routes.get(request.path)
+        if route is None:
+            self._refuse(request, CannotConnect(f"no endpoint {request.path} here: it has left, or never came"))
+            return
+        if not (route.admitting and self._server.admitting):
+            self._refuse(request, EngineShutdown(f"{request.path} is shutting down"))
+            return
+        if len(self.streams) >= MAX_STREAMS:
+            self._refuse(request, WorkerOverloaded(f"{MAX_STREAMS} requests of this caller are already in flight"))
+            return
+        stream = ServerStream(self, request.stream, route, Context.from_headers(request.headers))
+        self.streams[request.stream] = stream
+        route.add(stream)
+        route.stats.started(size)
+        try:
+            route.handler(request.payload, stream)
+        except Exception as e:
+            log.exception("the handler of %s failed", request.path)
+            stream.fail(e)
+
+    def _refuse(self, request: wire.Request, error: Exception) -> None:
+        self.errors_out.append((request.stream, to_wire(error)))
+        self.schedule()
+
+    def pause_writing(self) -> None:
+        if self.congested is None:
+            self.congested = self.loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self.congested is not None:
+            if not self.congested.done():
+                self.congested.set_result(None)
+            self.congested = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.remove(self)
+        self.resume_writing()
+        streams = tuple(self.streams.values())
+        for stream in streams:
+            stream.cancel("kill")
+
+    # --- the handlers' side
+
+    def schedule(self) -> None:
+        """Flush at the end of this turn of the loop."""
+        if not self.scheduled:
+            self.scheduled = True
+            self.loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send all that was queued in this turn, in one write."""
+        self.scheduled = False
+        parts: list[bytes | bytearray] = []
+        if self.items_out or self.ended_out:
+            streams, items, ended = self.streams_out, self.items_out, self.ended_out
+            self.streams_out, self.items_out, self.ended_out = [], [], []
+            self._frame_items(streams, items, ended, parts)
+        if self.errors_out:
+            errors, self.errors_out = self.errors_out, []
+            parts.extend(wire.frame(wire.ERROR, error) for error in errors)
+        if self.flow_out:
+            flows, self.flow_out = self.flow_out, []
+            parts.extend(wire.frame(wire.FLOW, flow) for flow in flows)
+        if parts:
+            self._write(parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def _frame_items(
+        self, streams: list[ServerStream], items: list[object], ended: list[int], parts: list[bytes | bytearray]
+    ) -> None:
+        try:
+            buffer = wire.frame(wire.ITEMS, ([stream.id for stream in streams], items, ended))
+        except (TypeError, ValueError, OverflowError):
+            self._frame_items(*self._without_unsendable(streams, items, ended), parts)
+            return
+        if len(buffer) - 4 > self._peer_max:
+            self._split(streams, items, ended, parts)
+            return
+        parts.append(buffer)
+        if streams:
+            count_sent(streams, len(buffer))
+
+    def _split(
+        self, streams: list[ServerStream], items: list[object], ended: list[int], parts: list[bytes | bytearray]
+    ) -> None:
+        if len(items) < 2:
+            large = streams[0]
+            self.errors_out.append((large.id, _too_large(self._peer_max)))
+            large.close(InvalidArgument.__name__)
+            self._frame_items([], [], [stream for stream in ended if stream != large.id], parts)
+            return
+        middle = len(items) // 2
+        self._frame_items(streams[:middle], items[:middle], [], parts)
+        self._frame_items(streams[middle:], items[middle:], ended, parts)
+
+    def _without_unsendable(
+        self, streams: list[ServerStream], items: list[object], ended: list[int]
+    ) -> tuple[list[ServerStream], list[object], list[int]]:
+        """One item spoilt the frame: encode each by itself, and fail only the streams whose items cannot be sent."""
+        good: list[ServerStream] = []
+        encoded: list[object] = []
+        spoilt: set[int] = set()
+        for stream, item in zip(streams, items, strict=True):
+            try:
+                encoded.append(msgspec.Raw(wire.encode(item)))
+                good.append(stream)
+            except (TypeError, ValueError, OverflowError) as e:
+                log.error("an item of %s cannot be sent: %s", stream.route.path, e)
+                spoilt.add(stream.id)
+                self.errors_out.append((stream.id, to_wire(e)))
+                stream.close(type(e).__name__)
+        return good, encoded, [stream for stream in ended if stream not in spoilt]
+
+    def _write(self, data: bytes | bytearray) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        transport.write(data)
+        if self.congested is not None and transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+            self.drop(f"it left {transport.get_write_buffer_size()} bytes unread")
+
+    def leaving(self, instance_ids: list[int]) -> None:
+        """Tell the caller that these instances take no more requests."""
+        self._write(wire.frame(wire.LEAVING, instance_ids))
+
+    def tick(self) -> None:
+        """Every TICK_S: give up a caller that was silent for SILENCE_S."""
+        self._missed = 0 if self._heard else self._missed + 1
+        self._heard = False
+        if self._missed * TICK_S >= SILENCE_S:
+            self.drop(f"it was silent for {SILENCE_S:g} s")
+
+    def drop(self, reason: str) -> None:
+        """Close the connection at once, and say why."""
+        log.warning("dropping the caller %s: %s", self._peer, reason)
+        if self._transport is not None:
+            self._transport.abort()
+
+    def close(self) -> None:
+        """Close in order."""
+        if self._transport is not None:
+            self._transport.close()
+
+
+def count_sent(streams: list[ServerStream], frame_bytes: int) -> None:
+    """Count a frame for its routes: exactly when they are one, else by their number of items."""
+    first = streams[0].route
+    if all(stream.route is first for stream in streams):
+        first.stats.sent(frame_bytes)
+        return
+    share = frame_bytes // len(streams)
+    for stream in streams:
+        stream.route.stats.sent(share)
+
+
+def _too_large(limit: int) -> WireError:
+    return to_wire(
+        InvalidArgument(f"one item of the response is over the limit of {limit} bytes (DYN_TCP_MAX_MESSAGE_SIZE)")
+    )
+
+
+class RequestServer:
+    """The listener of one process."""
+
+    def __init__(self, process: str) -> None:
+        self.process = process
+        self.routes: dict[str, Route] = {}
+        self.connections: set[ServerConnection] = set()
+        self.admitting = True
+        self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
+        self.host_port = ""
+        self._server: asyncio.Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._left = asyncio.Event()
+
+    async def start(self) -> None:
+        """Listen on DYN_TCP_RPC_HOST (127.0.0.1), DYN_TCP_RPC_PORT (0: any). Raises CannotConnect."""
+        if self._server is not None:
+            return
+        host = os.environ.get("DYN_TCP_RPC_HOST") or "127.0.0.1"
+        port = int(env_number("DYN_TCP_RPC_PORT", 0))
+        loop = asyncio.get_running_loop()
+        try:
+            self._server = await loop.create_server(lambda: ServerConnection(self), host, port, backlog=1024)
+        except OSError as e:
+            raise CannotConnect(
+                f"cannot listen on {join_host_port(host, port)} (DYN_TCP_RPC_HOST, DYN_TCP_RPC_PORT): {e.strerror or e}"
+            ) from e
+        port = self._server.sockets[0].getsockname()[1]
+        self.host_port = join_host_port(advertised_host(host), port)
+        self._timer = loop.call_later(TICK_S, self._tick, loop)
+
+    def add_route(self, path: str, handler: PushHandler, stats: RouteStats) -> Route:
+        """Take requests for `path`. Raises DiscoveryError if it is taken."""
+        if path in self.routes:
+            raise DiscoveryError(f"{path} is already served by this process")
+        route = self.routes[path] = Route(path, handler, stats)
+        return route
+
+    def remove_route(self, route: Route) -> None:
+        """Take no more requests for a route."""
+        if self.routes.get(route.path) is route:
+            del self.routes[route.path]
+
+    async def tell_leaving(self, instance_ids: list[int], timeout_s: float) -> None:
+        """Tell all callers, and wait until each has heard it or gone, at most `timeout_s`."""
+        for connection in tuple(self.connections):
+            connection.left.clear()
+            connection.leaving(instance_ids)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(not connection.left.issuperset(instance_ids) for connection in self.connections):
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            log.warning("not all callers confirmed that this worker is leaving within %g s", timeout_s)
+
+    def on_left(self) -> None:
+        """A caller confirmed, or went."""
+        self._left.set()
+
+    def add(self, connection: ServerConnection) -> None:
+        """A caller came."""
+        self.connections.add(connection)
+
+    def remove(self, connection: ServerConnection) -> None:
+        """A caller went."""
+        self.connections.discard(connection)
+        self._left.set()
+
+    def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = loop.call_later(TICK_S, self._tick, loop)
+        for connection in tuple(self.connections):
+            connection.tick()
+
+    async def close(self) -> None:
+        """Stop listening and close all connections. What is in flight is killed."""
+        self.admitting = False
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self.connections):
+            connection.flush()
+            connection.close()
+
+
+def advertised_host(bound: str) -> str:
+    """The host that others can reach us by: DYN_TCP_RPC_ADVERTISE_HOST, else the bound one, else our address."""
+    named = os.environ.get("DYN_TCP_RPC_ADVERTISE_HOST")
+    if named:
+        return named
+    if bound not in ("0.0.0.0", "::", ""):  # noqa: S104 - recognised, not bound
+        return bound
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # TEST-NET-1: chooses a route, sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
