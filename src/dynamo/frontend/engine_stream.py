@@ -1,0 +1,225 @@
+"""What happens to the outputs of a worker on their way into an answer?
+
+An `EngineStream` is one prompt at one worker: the sink that the request plane calls from the socket's callback. An
+output is decoded, becomes text, and goes into the answer in one chain of calls.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+import msgspec
+
+from dynamo.frontend.answer import Answer
+from dynamo.llm.output import ChoiceDecoder
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+from dynamo.runtime.annotated import Annotated
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, Unknown
+from dynamo.runtime.streams import StreamSink
+
+log = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3  # workers tried while no connection to them can be made; nothing was sent, so trying is safe
+
+_decode = msgspec.msgpack.Decoder(EngineOutput).decode
+_decode_any = msgspec.msgpack.Decoder().decode
+
+
+class Workers(Protocol):
+    """Where a prompt can go: the workers of one model (`dynamo.frontend.worker_set.WorkerSet`)."""
+
+    def choose(self, request: PreprocessedRequest) -> int:
+        """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
+
+    def start(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
+        """Send it. Errors go to the sink, or are raised before anything was sent."""
+
+
+class _Choice:
+    """One answer to the prompt. `number` is its place among all choices of the HTTP request."""
+
+    __slots__ = ("decoder", "last_at", "number", "push")
+
+    def __init__(self, decoder: ChoiceDecoder, number: int) -> None:
+        self.decoder = decoder
+        self.push = decoder.push
+        self.number = number
+        self.last_at = 0.0
+
+
+class EngineStream:
+    """One prompt of an answer. Ends once: with all choices finished, or with an error for the whole answer."""
+
+    __slots__ = (
+        "_answer",
+        "_attempts",
+        "_choices",
+        "_request",
+        "_unfinished",
+        "_workers",
+        "context",
+        "dispatched_at",
+        "dp_rank",
+        "ended",
+        "flush",
+        "instance_id",
+        "prompt_tokens",
+    )
+
+    def __init__(
+        self,
+        answer: Answer,
+        workers: Workers,
+        request: PreprocessedRequest,
+        decoders: list[ChoiceDecoder],
+        first_number: int,
+        context: Context,
+    ) -> None:
+        self._answer = answer
+        self._workers = workers
+        self._request = request
+        self._choices = [_Choice(decoder, first_number + i) for i, decoder in enumerate(decoders)]
+        self._unfinished = len(decoders)
+        self._attempts = 0
+        self.context = context
+        self.instance_id: int | None = None
+        self.dp_rank = request.routing.dp_rank if request.routing is not None else None
+        self.prompt_tokens = len(request.token_ids)
+        self.dispatched_at = 0.0
+        self.ended = False
+        self.flush: Callable[[], None] = answer.flush  # no call of our own between the socket and the answer
+
+    # --- to the worker
+
+    def dispatch(self) -> None:
+        """Choose a worker and send the prompt. Raises what says that it cannot be sent."""
+        self._attempts += 1
+        metrics = self._answer.metrics
+        start = perf_counter()
+        self.instance_id = self._workers.choose(self._request)
+        self.dispatched_at = now = perf_counter()
+        metrics.route_seconds.observe(now - start)
+        self._answer.dispatched_at = self._answer.active_at = now
+        self._workers.start(self.instance_id, self._request, self, self.context)
+
+    def cancel(self) -> None:
+        """Nobody wants the rest: the worker frees what it holds within a step."""
+        if not self.ended:
+            self.ended = True
+            self.context.kill()
+
+    # --- from the worker
+
+    def on_item(self, item: msgspec.Raw) -> None:
+        """See `StreamSink`. The hot path: about 3 µs for a token of plain text."""
+        answer = self._answer
+        if answer.closed:
+            return
+        try:
+            output = _decode(item)
+        except msgspec.DecodeError as e:
+            self._on_other_item(item, e)
+            return
+        self._on_output(answer, output)
+
+    def _on_output(self, answer: Answer, output: EngineOutput) -> None:
+        index = output.index
+        if not 0 <= index < len(self._choices):
+            self._broken(f"an output for choice {index} of {len(self._choices)}")
+            return
+        choice = self._choices[index]
+        delta = choice.push(output)
+        now = perf_counter()
+        answer.active_at = now
+        if delta.token_count:
+            answer.meter.tokens(now, choice.last_at, delta.token_count)
+            choice.last_at = now
+        if delta.finish_reason is None:
+            answer.add(choice.number, delta, output)
+        elif delta.finish_reason in ("error", "cancelled"):
+            error = choice.decoder.error or EngineShutdown("the worker gave the request up")
+            answer.fail(error)
+        else:
+            answer.add(choice.number, delta, output)
+            self._choice_finished()
+
+    def _on_other_item(self, item: msgspec.Raw, error: msgspec.DecodeError) -> None:
+        """Not an `EngineOutput`: perhaps one with remarks around it, perhaps nonsense."""
+        try:
+            annotated: Annotated[Any] = Annotated.from_wire(_decode_any(item))
+            if annotated.is_error():
+                self._answer.fail(Unknown("; ".join(annotated.comments()) or "the worker reported an error"))
+            elif (data := annotated.data()) is not None:
+                self._on_output(self._answer, msgspec.convert(data, EngineOutput))
+        except msgspec.DecodeError:
+            self._broken(f"an output that cannot be read: {error}")
+
+    def _broken(self, what: str) -> None:
+        log.error("worker %x sent %s, for request %s", self.instance_id or 0, what, self.context.id())
+        self._answer.fail(Unknown(f"the worker sent {what}"))
+
+    def _choice_finished(self) -> None:
+        self._unfinished -= 1
+        if self._unfinished:
+            return
+        self.ended = True
+        if any(choice.decoder.stopped_early for choice in self._choices):
+            self.context.stop_generating()
+        self._note_worker()
+        self._answer.stream_ended()
+
+    def on_end(self) -> None:
+        """See `StreamSink`. A worker need not name a finish reason: the end of its stream is one."""
+        if self.ended or self._answer.closed:
+            return
+        for index, choice in enumerate(self._choices):
+            if choice.decoder.finish_reason is None:
+                self._on_output(self._answer, EngineOutput(index=index, finish_reason="stop"))
+
+    def on_error(self, error: DynamoException) -> None:
+        """See `StreamSink`. Where nothing was sent, another worker may get it."""
+        if self.ended or self._answer.closed:
+            return
+        if isinstance(error, CannotConnect) and self._attempts < MAX_ATTEMPTS:
+            # Not now: the request plane first takes the worker out of rotation.
+            asyncio.get_running_loop().call_soon(self._dispatch_again)
+            return
+        self._answer.fail(error)
+
+    def _dispatch_again(self) -> None:
+        if self.ended or self._answer.closed:
+            return
+        try:
+            self.dispatch()
+        except DynamoException as e:
+            self._answer.fail(e)
+
+    # --- facts
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens made so far, hidden ones too."""
+        return sum(choice.decoder.completion_tokens for choice in self._choices)
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens the worker had cached, if it told."""
+        return next((c.decoder.cached_tokens for c in self._choices if c.decoder.cached_tokens is not None), None)
+
+    def _note_worker(self) -> None:
+        meter = self._answer.meter
+        if self.instance_id is None or not meter.first_token_at:
+            return
+        first = meter.first_token_at
+        tokens = self.completion_tokens
+        self._answer.metrics.roundtrip_seconds.observe(first - self.dispatched_at)
+        self._answer.metrics.worker_answered(
+            self.instance_id,
+            "none" if self.dp_rank is None else str(self.dp_rank),
+            self.prompt_tokens,
+            first - self.dispatched_at,
+            (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
+        )
