@@ -5,7 +5,9 @@ XXH3-64, unsigned, and equal those that existing workers and routers exchange (f
 """
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain, repeat
 from struct import Struct
 from sys import byteorder
 from typing import Any
@@ -38,13 +40,42 @@ def hash_seed(lora_name: str | None = None, cache_namespace: str | None = None) 
 
 
 def _token_bytes(tokens: Sequence[int]) -> bytes:
+    packed = array("I")
     try:
-        packed = array("I", tokens)
+        # `fromlist` is a third faster than the constructor.
+        packed.fromlist(tokens if isinstance(tokens, list) else list(tokens))
     except (OverflowError, TypeError) as e:
         raise InvalidArgument(f"token ids must be integers from 0 to 2**32 - 1: {e}", "tokens") from e
     if byteorder == "big":
         packed.byteswap()
     return packed.tobytes()
+
+
+_UNPACKED_AT_ONCE = 64  # blocks; a format of so many fields unpacks twice as fast as slicing block by block
+
+
+@lru_cache(maxsize=32)
+def _block_formats(width: int) -> tuple[Struct, Struct]:
+    return Struct(f"{width}s"), Struct(f"{width}s" * _UNPACKED_AT_ONCE)
+
+
+def _blocks(data: bytes, width: int) -> Iterator[bytes]:
+    """The full blocks of `width` bytes, side by side."""
+    one, many = _block_formats(width)
+    batched = len(data) - len(data) % many.size
+    full = len(data) - len(data) % width
+    view = memoryview(data)
+    return chain(
+        chain.from_iterable(many.iter_unpack(view[:batched])),
+        chain.from_iterable(one.iter_unpack(view[batched:full])),
+    )
+
+
+def _windows(data: bytes, width: int, stride: int) -> Iterator[bytes]:
+    """The windows of `width` bytes that begin every `stride` bytes."""
+    if width == stride:
+        return _blocks(data, width)
+    return (data[at : at + width] for at in range(0, len(data) - width + 1, stride))
 
 
 def _check_block_size(kv_block_size: int) -> None:
@@ -71,14 +102,11 @@ def compute_block_hash_for_seq(
     step = kv_block_size * _TOKEN_BYTES
     width = step + _TOKEN_BYTES if is_eagle else step
     seed = hash_seed(lora_name, cache_namespace)
-    digest = xxh3_64_intdigest
-    if not block_mm_infos:
-        return [digest(data[at : at + width], seed) for at in range(0, len(data) - width + 1, step)]
-    tails = [_mm_bytes(info) for info in block_mm_infos]
-    return [
-        digest(data[at : at + width] + (tails[i] if i < len(tails) else b""), seed)
-        for i, at in enumerate(range(0, len(data) - width + 1, step))
-    ]
+    windows = _windows(data, width, step)
+    if block_mm_infos:
+        mixed_in = chain(map(_mm_bytes, block_mm_infos), repeat(b""))
+        windows = (block + extra for block, extra in zip(windows, mixed_in, strict=False))
+    return list(map(xxh3_64_intdigest, windows, repeat(seed)))
 
 
 def _mm_bytes(info: BlockMmInfo | None) -> bytes:
