@@ -156,7 +156,9 @@ class Client:
         """Send to an instance chosen by the client's router mode. Raises WorkerUnavailable, InvalidArgument."""
         return self._send(self._pick(self._mode), request, annotated, context)
 
-    async def random(self, request: object, annotated: bool = True, context: Context | None = None) -> "ResponseIterator":
+    async def random(
+        self, request: object, annotated: bool = True, context: Context | None = None
+    ) -> "ResponseIterator":
         """Send to a random instance."""
         return self._send(self._pick(RouterMode.Random), request, annotated, context)
 

@@ -184,6 +184,7 @@ class Connection(asyncio.Protocol):
             try:
                 sink.on_item(item)
             except Exception as e:
+                log.exception("a response sink failed; its stream is cancelled")
                 self._sink_failed(call, e)
         for stream in frame.ended:
             call = calls.get(stream)
@@ -231,7 +232,6 @@ class Connection(asyncio.Protocol):
         self._pool.call_failed(call.target, error)
 
     def _sink_failed(self, call: Call, error: Exception) -> None:
-        log.error("a response sink failed; its stream is cancelled", exc_info=error)
         call.cancel("kill")
         try:
             call.sink.on_error(Unknown(f"the receiver of the stream failed: {type(error).__name__}: {error}"))

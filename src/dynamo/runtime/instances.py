@@ -7,7 +7,7 @@ says, minus those that failed in the last few seconds (inhibited), minus those t
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -125,8 +125,11 @@ class InstanceSet:
     async def start(self) -> None:
         """Take the first look (so that an unusable store is an error here), then follow. Raises DiscoveryError."""
         prefix = self.address.instances_prefix()
-        self._replace(await self.discovery.get_prefix(prefix))
-        self._watching = asyncio.get_running_loop().create_task(self._follow(prefix), name=f"instances {self.address}")
+        changes = self.discovery.watch(prefix)
+        for key, value in (await self.discovery.get_prefix(prefix)).items():
+            self._put(key, value)
+        self._tell()
+        self._watching = asyncio.get_running_loop().create_task(self._follow(changes), name=f"instances {self.address}")
 
     async def close(self) -> None:
         """Stop following."""
@@ -187,21 +190,13 @@ class InstanceSet:
 
     # --- discovery
 
-    async def _follow(self, prefix: str) -> None:
-        async for change in self.discovery.watch(prefix):
-            self._apply(change)
-
-    def _replace(self, records: Mapping[str, bytes]) -> None:
-        for key, value in records.items():
-            self._put(key, value)
-        self._tell()
-
-    def _apply(self, change: Change) -> None:
-        if isinstance(change, Delete):
-            self._delete(change.key)
-        else:
-            self._put(change.key, change.value)
-        self._tell()
+    async def _follow(self, changes: AsyncIterator[Change]) -> None:
+        async for change in changes:
+            if isinstance(change, Delete):
+                self._delete(change.key)
+            else:
+                self._put(change.key, change.value)
+            self._tell()
 
     def _put(self, key: str, value: bytes) -> None:
         try:

@@ -386,7 +386,7 @@ class ServerConnection(asyncio.Protocol):
                 encoded.append(msgspec.Raw(wire.encode(item)))
                 good.append(stream)
             except (TypeError, ValueError, OverflowError) as e:
-                log.error("an item of %s cannot be sent: %s", stream.route.path, e)
+                log.exception("an item of %s cannot be sent", stream.route.path)
                 spoilt.add(stream.id)
                 self.errors_out.append((stream.id, to_wire(e)))
                 stream.close(type(e).__name__)

@@ -1,10 +1,10 @@
 """How does a script become a worker process?
 
-    @dynamo_worker()
-    async def worker(runtime):
-        await runtime.endpoint("ns.comp.ep").serve_endpoint(handler)
+@dynamo_worker()
+async def worker(runtime):
+    await runtime.endpoint("ns.comp.ep").serve_endpoint(handler)
 
-    asyncio.run(worker())
+asyncio.run(worker())
 """
 
 import asyncio
@@ -29,7 +29,9 @@ T = TypeVar("T")
 WorkerFunction = Callable[Concatenate[DistributedRuntime, P], Coroutine[Any, Any, T]]
 
 
-def dynamo_worker(enable_nats: bool | None = None) -> Callable[[WorkerFunction[P, T]], Callable[P, Coroutine[Any, Any, T]]]:
+def dynamo_worker(
+    enable_nats: bool | None = None,
+) -> Callable[[WorkerFunction[P, T]], Callable[P, Coroutine[Any, Any, T]]]:
     """Make a function that gets a runtime as its first argument; `asyncio.run(worker())` then runs it on uvloop.
 
     SIGTERM and SIGINT shut the runtime down in order; a second one ends the process at once. `enable_nats` is
@@ -125,12 +127,16 @@ def _parser(model: type[Any]) -> Callable[[Any], Any]:
         if isinstance(model, type) and isinstance(request, model):
             return request
         if not isinstance(request, str | dict | list | int | float | bool | None):
-            raise ValueError(f"invalid request: {type(request).__name__} is not JSON-like")
+            raise ValueError(f"invalid request: {type(request).__name__} is not JSON-like")  # noqa: TRY004 - promised
         try:
             if is_pydantic:
                 validate = model.model_validate_json if isinstance(request, str) else model.model_validate
                 return validate(request)
-            return msgspec.json.decode(request, type=model) if isinstance(request, str) else msgspec.convert(request, model)
+            return (
+                msgspec.json.decode(request, type=model)
+                if isinstance(request, str)
+                else msgspec.convert(request, model)
+            )
         except ValueError as e:  # pydantic's and msgspec's validation errors are ValueErrors
             raise ValueError(f"invalid request: {e}") from e
 

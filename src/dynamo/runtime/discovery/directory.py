@@ -223,15 +223,16 @@ class KeyDirectory:
 
     # --- reading
 
-    def open_bucket(self, bucket: str) -> None:
-        """Make sure the bucket can be read. Raises DiscoveryError."""
+    def open_bucket(self, bucket: str) -> bool:
+        """Make the bucket's directory if it is not there; whether it was not. Raises DiscoveryError."""
         directory = self.root / bucket
         try:
+            if directory.is_dir():
+                return False
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with os.scandir(directory):
-                pass
         except OSError as e:
             raise explain(self.root, f"read {bucket}", e) from e
+        return True
 
     def scan(self, bucket: str) -> dict[str, Entry]:
         """The live keys of a bucket. Raises OSError if it cannot be read."""

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -71,11 +71,14 @@ class FileDiscovery:
     async def get_prefix(self, prefix: str) -> dict[str, bytes]:
         """See `Discovery.get_prefix`."""
         bucket = split_key(prefix + "_")[0]
-        await self._run(self._directory.open_bucket, bucket)
         try:
             found = await self._run(self._look, bucket)
         except OSError as e:
-            raise DiscoveryError(f"cannot read {bucket} in the discovery directory {self.root} (DYN_FILE_KV): {e}") from e
+            raise DiscoveryError(
+                f"cannot read {bucket} in the discovery directory {self.root} (DYN_FILE_KV): {e}"
+            ) from e
+        if bucket in self._buckets:
+            self._publish(bucket, found)
         return {key: entry.value for key, entry in found.items() if key.startswith(prefix)}
 
     def watch(self, prefix: str) -> Watch:
@@ -160,13 +163,11 @@ class FileDiscovery:
 
     def _look(self, bucket: str) -> dict[str, Entry]:
         """On the thread: what is live in a bucket."""
+        if self._directory.open_bucket(bucket) and self._known.get(bucket):
+            self._keep_absent_until = time.monotonic() + self._ttl_s  # somebody removed the directory under us
         self._directory.reap()
         if self._inotify is not None:
-            try:
-                self._inotify.add(self.root / bucket)
-            except FileNotFoundError:
-                (self.root / bucket).mkdir(mode=0o700, parents=True)
-                self._inotify.add(self.root / bucket)
+            self._inotify.add(self.root / bucket)
         return self._directory.scan(bucket)
 
     def _open_inotify(self) -> None:
@@ -183,7 +184,7 @@ class FileDiscovery:
 
     # --- the thread, and trouble
 
-    def _start(self, name: str, loop: Callable[[], "asyncio.coroutines.Coroutine[None, None, None]"]) -> None:
+    def _start(self, name: str, loop: Callable[[], Coroutine[None, None, None]]) -> None:
         if name not in self._tasks and not self._closed:
             self._tasks[name] = asyncio.get_running_loop().create_task(loop(), name=f"discovery-{name}")
 

@@ -43,10 +43,16 @@ class Discovery(Protocol):
         """Remove a key of this process. A key that is not there is ignored."""
 
     async def get_prefix(self, prefix: str) -> dict[str, bytes]:
-        """All live keys that start with `prefix`. Raises DiscoveryError if the store cannot be read."""
+        """All live keys that start with `prefix`. A watch begun before will tell when one of them goes.
+
+        Raises DiscoveryError if the store cannot be read.
+        """
 
     def watch(self, prefix: str) -> AsyncIterator[Change]:
-        """A Put for every live key, then every change, until closed. Outages of the store end no watch."""
+        """A Put for every live key, then every change, until closed. Begins now, not at the first `anext`.
+
+        Outages of the store end no watch.
+        """
 
     async def close(self) -> None:
         """Remove this process's keys and end its watches. Safe to call twice."""
