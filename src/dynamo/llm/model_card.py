@@ -17,7 +17,9 @@ from dynamo.runtime.errors import InvalidArgument
 CARD_PREFIX = "v1/mdc/"
 MAX_FILES = 64  # a card of a real model lists under ten
 MAX_FILE_BYTES = 1 << 30  # tokenizers are under 100 MB; more is a mistake or an attack
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""The only folder a file of a card may be in; Hugging Face puts named templates there."""
+_FILE_NAME = re.compile(rf"(?:{TEMPLATE_FOLDER}/)?[A-Za-z0-9_][A-Za-z0-9._+-]{{0,199}}")
 _CHECKSUM = re.compile(r"blake3:[0-9a-f]{64}")
 
 
@@ -256,7 +258,7 @@ def check_files(files: list[CardFile]) -> None:
     if len({file.name for file in files}) != len(files):
         raise InvalidArgument("model card lists a file name twice")
     for file in files:
-        if not _PLAIN_NAME.fullmatch(file.name):
+        if not _FILE_NAME.fullmatch(file.name):
             raise InvalidArgument(f"model card: {file.name!r} is not a plain file name")
         if not _CHECKSUM.fullmatch(file.checksum):
             raise InvalidArgument(f"model card: the checksum of {file.name} is not blake3")
@@ -295,6 +297,9 @@ def slug(name: str) -> str:
 
 
 def lora_name_to_id(name: str) -> int:
-    """The number engines call an adapter by: 1 … 2³¹ - 1, from blake3 of the name, the same on every worker."""
-    digest = blake3.blake3(name.encode()).digest()
-    return int.from_bytes(digest[:4], "little") % (2**31 - 1) + 1  # 0 means no adapter in vLLM
+    """The number engines call an adapter by: the low 31 of the first 64 bits of its name's blake3 hash.
+
+    The same on every worker, and the same as upstream's. 0 would mean "no adapter", so it becomes 1.
+    """
+    first = int.from_bytes(blake3.blake3(name.encode()).digest()[:8], "big")
+    return (first & 0x7FFF_FFFF) or 1

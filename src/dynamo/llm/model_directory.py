@@ -8,6 +8,7 @@ from typing import Any
 import blake3
 
 from dynamo.llm.model_card import (
+    TEMPLATE_FOLDER,
     CardFile,
     LoraInfo,
     ModelDeploymentCard,
@@ -123,9 +124,11 @@ def model_files(directory: Path, custom_template: Path | None = None) -> dict[st
     """
     try:
         present = sorted(path for path in directory.iterdir() if path.is_file() and kind_of(path.name))
+        templates = sorted((directory / TEMPLATE_FOLDER).glob("*.jinja"))
     except OSError as e:
         raise InvalidArgument(f"cannot read the model directory {directory}: {e.strerror or e}") from None
     found = {path.name: path for path in present if path.name != CUSTOM_TEMPLATE}
+    found |= {f"{TEMPLATE_FOLDER}/{path.name}": path for path in templates}
     if custom_template is not None:
         if not custom_template.is_file():
             raise InvalidArgument(f"the chat template {custom_template} is not a file", "custom_template_path")
@@ -137,6 +140,8 @@ def kind_of(name: str) -> str:
     """What a file of this name is for; empty for a file no frontend needs (weights, mostly)."""
     if name in KINDS:
         return KINDS[name]
+    if name.startswith(f"{TEMPLATE_FOLDER}/"):
+        return "hf_chat_template_named"
     if name.endswith(".tiktoken") or name == "tiktoken.model":
         return "tiktoken"
     return "sentencepiece" if name.endswith(".model") else ""

@@ -131,7 +131,7 @@ class ChoiceDecoder:
             self._visible = len(plan.echo.text)
             if self._pending is not None:
                 self._pending.skip(self._visible)
-        self._plain = self._stops is None and self._pending is None and self._echo is None and self._tools is None
+        self._plain = self._pending is None and self._echo is None and self._tools is None
 
     def push(self, output: EngineOutput) -> TextDelta:
         """What this output adds. After the end of the choice, nothing."""
@@ -140,9 +140,21 @@ class ChoiceDecoder:
             ids = output.token_ids
             count = self.completion_tokens + len(ids)
             if count < self._max_tokens and self._ends.isdisjoint(ids):
-                self.completion_tokens = count
-                return TextDelta(self._text(ids), None, None, len(ids))
+                if self._stops is None:
+                    self.completion_tokens = count
+                    return TextDelta(self._text(ids), None, None, len(ids))
+                if len(ids) == 1 and count > self._plan.min_tokens:
+                    self.completion_tokens = count
+                    text, matched = self._stops.push(self._text(ids))
+                    return TextDelta(text, None, None, 1) if matched is None else self._stop_at(text, matched)
         return self._push_any(output)
+
+    def _stop_at(self, text: str, matched: str) -> TextDelta:
+        """End the choice at a stop string, which the engine knows nothing of."""
+        self._plain = False
+        self.finish_reason = "stop"
+        self.stopped_early = True
+        return TextDelta(text, "stop", None, 1, None, matched)
 
     def _push_any(self, output: EngineOutput) -> TextDelta:
         if self.finish_reason is not None:
@@ -236,7 +248,7 @@ class ChoiceDecoder:
             if self._plan.logprobs is not None:
                 entries = echo_entries(self._echo, output.prompt_logprobs)
             self._echo = None
-            self._plain = self._stops is None and self._pending is None and self._tools is None
+            self._plain = self._pending is None and self._tools is None
         if self._pending is not None and self._plan.logprobs is not None:
             release = self._pending.release_last if final else self._pending.release
             entries += release(self._visible)

@@ -12,9 +12,18 @@ from dynamo.llm.protocols.tools import ForcedTools, check_tools, forced_tools
 from dynamo.llm.protocols.validation import check_text, check_whole, fail, kind, show
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-TEXT_PARTS = {"text": "text", "refusal": "refusal"}
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Content parts that are text, and the key of the text in each."""
 _MEDIA_PARTS = frozenset({"image_url", "image", "input_audio", "audio_url", "video_url", "file"})
+_FIELD = "it is a field of the request"
+_NOT_TEMPLATE_ARGUMENTS = {
+    "chat_template": "the template is the model's own",
+    "messages": _FIELD,
+    "tools": _FIELD,
+    "add_generation_prompt": _FIELD,
+    "continue_final_message": _FIELD,
+    "self": "Jinja reserves the name",
+}
 _CONTENT = "must be a string or a list of parts"
 
 
@@ -48,6 +57,14 @@ class ChatCompletionRequest(CommonRequest, kw_only=True):
             arguments["reasoning_effort"] = self.reasoning_effort
         return arguments | (self.chat_template_args or {}) | (self.chat_template_kwargs or {})
 
+    @property
+    def raw_prompt(self) -> str:
+        """The text of the first message, for `nvext.use_raw_prompt`."""
+        content = self.messages[0]["content"]
+        if isinstance(content, str):
+            return content
+        return "\n".join(part[_TEXT_PARTS[part["type"]]] for part in content)
+
     def forced_tools(self) -> ForcedTools | None:
         """The tool call that must happen, if one must. Raises InvalidArgument."""
         return forced_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
@@ -79,15 +96,17 @@ class ChatCompletionRequest(CommonRequest, kw_only=True):
         if self.modalities and self.modalities != ["text"]:
             fail('modalities must be ["text"]: this model answers in text only', "modalities")
         for name in ("chat_template_args", "chat_template_kwargs"):
-            if "chat_template" in (getattr(self, name) or ()):
-                fail(f"{name} must not contain chat_template: the template is the model's own", name)
+            for key in getattr(self, name) or ():
+                if key in _NOT_TEMPLATE_ARGUMENTS:
+                    fail(f"{name} must not contain {key}: {_NOT_TEMPLATE_ARGUMENTS[key]}", name)
         if self.continue_final_message:
             if self.add_generation_prompt:
                 fail("continue_final_message and add_generation_prompt exclude each other", "continue_final_message")
             if self.messages[-1]["role"] != "assistant":
                 fail("continue_final_message needs a last message of role assistant", "continue_final_message")
-        if self.nvext is not None and self.nvext.use_raw_prompt and len(self.messages) != 1:
-            fail("nvext.use_raw_prompt needs exactly one message, whose content is the prompt", "nvext.use_raw_prompt")
+        raw = self.nvext is not None and self.nvext.use_raw_prompt
+        if raw and (len(self.messages) != 1 or not self.messages[0].get("content")):
+            fail("nvext.use_raw_prompt needs exactly one message with content", "nvext.use_raw_prompt")
 
 
 def _check_messages(messages: list[dict[str, Any]]) -> None:
@@ -126,11 +145,11 @@ def _check_parts(content: object, message: dict[str, Any], where: str) -> None:
         if not isinstance(part, dict):
             fail(f"{at} must be an object with a type, got {kind(part)}", at)
         word = part.get("type")
-        if not isinstance(word, str) or word not in TEXT_PARTS:
+        if not isinstance(word, str) or word not in _TEXT_PARTS:
             if isinstance(word, str) and word in _MEDIA_PARTS:
                 fail(f"{at} has type {word}, but this model takes text only", at)
             fail(f'{at}.type must be "text", got {show(word)}', f"{at}.type")
-        check_text(part.get(TEXT_PARTS[word]), f"{at}.{TEXT_PARTS[word]}")
+        check_text(part.get(_TEXT_PARTS[word]), f"{at}.{_TEXT_PARTS[word]}")
 
 
 def _check_other_keys(message: dict[str, Any], i: int) -> None:

@@ -62,7 +62,7 @@ class AgentHints(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class NvExt(msgspec.Struct, forbid_unknown_fields=True):
-    """NVIDIA's extensions [N1-N12]. What root fields say too, root fields say first."""
+    """NVIDIA's extensions [N1-N12]. What root fields say too, root fields say first, but for `cache_salt`."""
 
     ignore_eos: bool | None = None
     top_k: int | None = None
@@ -289,6 +289,8 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for name in _IN_BOTH:
             if getattr(self, name) is None:
                 setattr(self, name, getattr(ext, name))
+        if ext.cache_salt:
+            self.cache_salt = ext.cache_salt  # stands over the root field [N8]
         if ext.greed_sampling:
             for name in ("temperature", "top_p", "top_k", "min_p"):
                 if getattr(self, name) is not None:
@@ -302,7 +304,6 @@ _IN_BOTH = (
     "ignore_eos",
     "top_k",
     "repetition_penalty",
-    "cache_salt",
     "guided_json",
     "guided_regex",
     "guided_choice",
