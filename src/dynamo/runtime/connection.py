@@ -7,6 +7,7 @@ callback: decode once, call the sinks, flush each sink touched. The pool owns th
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import msgspec
 
@@ -151,7 +152,7 @@ class Connection(asyncio.Protocol):
     # --- the socket's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
         self._transport = transport
         transport.write(wire.PREAMBLE + wire.frame(wire.HELLO, (self._pool.max_message_bytes, self._pool.process)))
 

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, cast
 
 import msgspec
 
@@ -226,7 +226,7 @@ class ServerConnection(asyncio.Protocol):
     # --- the socket's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
         self._transport = transport
         self._peer = str(transport.get_extra_info("peername"))
         if len(self._server.connections) >= MAX_CONNECTIONS:
