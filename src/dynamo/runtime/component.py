@@ -7,15 +7,18 @@ listener, and a record in discovery for as long as it is served.
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress, check_name
 from dynamo.runtime.client import Client
 from dynamo.runtime.errors import InvalidArgument
 from dynamo.runtime.handlers import UserHandler, bidirectional_handler, push_handler
+from dynamo.runtime.health import Canary, canary_for, canary_options
 from dynamo.runtime.instances import instance_record
+from dynamo.runtime.metrics import EndpointMetrics, ScopedMetrics
 from dynamo.runtime.selection import RouterMode
-from dynamo.runtime.server import NoStats, Route
+from dynamo.runtime.server import Route
 from dynamo.runtime.streams import PushHandler
 
 if TYPE_CHECKING:
@@ -83,6 +86,11 @@ class Endpoint:
     def path(self) -> str:
         """`ns.comp.ep`."""
         return str(self.address)
+
+    @cached_property
+    def metrics(self) -> ScopedMetrics:
+        """Factories for a handler's own counters, gauges and histograms, labelled with this endpoint."""
+        return self.runtime.metrics.scope(self.namespace, self.component, self.name)
 
     def connection_id(self) -> int:
         """The id of the instance that this process serves."""
@@ -161,14 +169,18 @@ class Endpoint:
         if not 0 < instance_id < 1 << 63:
             raise InvalidArgument(f"instance_id {instance_id} is not between 1 and 2**63 - 1", "instance_id")
         server = await runtime.serving()
-        route = server.add_route(self.address.wire_path(instance_id), handler, NoStats())
+        stats = runtime.metrics.endpoint(
+            self.namespace, self.component, self.name, instance_id=instance_id, labels=metrics_labels
+        )
+        route = server.add_route(self.address.wire_path(instance_id), handler, stats)
         served = ServedEndpoint(self, instance_id, route, graceful_shutdown)
+        runtime.served.append(served)
         try:
             await served.register()
+            await served.watch_health(stats, health_check_payload)
         except BaseException:
-            server.remove_route(route)
+            await served.finish("it could not be started")
             raise
-        runtime.served.append(served)
         return served
 
     async def unregister_endpoint_instance(self) -> None:
@@ -201,6 +213,7 @@ class ServedEndpoint:
         self.route = route
         self.graceful = graceful
         self._registered = False
+        self._canary: Canary | None = None
         self._done = asyncio.Event()
 
     @property
@@ -222,18 +235,32 @@ class ServedEndpoint:
             self._registered = False
             await self.endpoint.runtime.discovery.delete(self.key)
 
+    async def watch_health(self, counters: EndpointMetrics, payload: dict[str, Any] | None) -> None:
+        """Say that the endpoint is ready, and have a canary ask it when it is idle, if canaries are on."""
+        runtime, name = self.endpoint.runtime, self.endpoint.name
+        runtime.health.set_endpoint(name, True, self.instance_id)
+        if not canary_options().enabled:
+            return
+        client = await self.endpoint.client()
+        self._canary = canary_for(runtime.health, runtime.metrics, counters, name, client, self.instance_id, payload)
+        if self._canary is not None:
+            self._canary.start()
+
     async def stop(self, drain_s: float = 0.0) -> None:
         """Stop serving this one: leave discovery, finish what is in flight within `drain_s`, kill the rest."""
         await self.unregister()
         self.route.admitting = False
         await self.route.drained(drain_s)
-        self.finish("it has stopped")
+        await self.finish("it has stopped")
 
-    def finish(self, reason: str) -> None:
+    async def finish(self, reason: str) -> None:
         """Kill what is still in flight and forget the route."""
+        if self._canary is not None:
+            await self._canary.stop()
         self.route.admitting = False
         self.route.abort(f"{self.endpoint.path}: {reason}")
         runtime = self.endpoint.runtime
+        runtime.health.remove_endpoint(self.endpoint.name, self.instance_id)
         runtime.forget(self)
         self._done.set()
 

@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
     # --- the socket's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
+        transport = cast(asyncio.Transport, transport)  # uvloop's has its methods, but not its class
         self._transport = transport
         transport.write(wire.PREAMBLE + wire.frame(wire.HELLO, (self._pool.max_message_bytes, self._pool.process)))
 

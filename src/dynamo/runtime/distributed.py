@@ -5,13 +5,11 @@ health, and the order in which all that ends.
 """
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress
@@ -19,13 +17,13 @@ from dynamo.runtime.component import Endpoint, Namespace, ServedEndpoint
 from dynamo.runtime.connection import ConnectionPool
 from dynamo.runtime.discovery import Discovery, open_discovery
 from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.health import Health
 from dynamo.runtime.instances import InstanceSet
+from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.server import RequestServer
 
 if TYPE_CHECKING:
-    from dynamo.runtime.health import Health
-    from dynamo.runtime.metrics import Metrics
     from dynamo.runtime.system_server import SystemServer
 
 log = logging.getLogger(__name__)
@@ -67,6 +65,9 @@ class DistributedRuntime:
         self.discovery: Discovery = open_discovery(discovery_backend)
         self.instance_id = secrets.randbelow((1 << 63) - 1) + 1
         self.process = f"{socket.gethostname()}/{os.getpid()}"
+        self.metrics = Metrics(self.instance_id)
+        self.health = Health()
+        self.system_server: SystemServer | None = None
         self.pool = ConnectionPool(self.process)
         self.server = RequestServer(self.process)
         self.served: list[ServedEndpoint] = []
@@ -74,6 +75,39 @@ class DistributedRuntime:
         self._instances: dict[EndpointAddress, InstanceSet] = {}
         self._shutdown = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._begin(event_loop)
+
+    def _begin(self, event_loop: asyncio.AbstractEventLoop | None) -> None:
+        """Start the system server, if DYN_SYSTEM_PORT asks for one, as soon as there is a loop."""
+        if env_number("DYN_SYSTEM_PORT", -1) < 0 or self._starting is not None:
+            return
+        try:
+            loop = event_loop or asyncio.get_running_loop()
+        except RuntimeError:
+            return  # made outside a loop: `started` begins it
+        self._starting = loop.create_task(self._start_system_server(), name="system server")
+
+    async def _start_system_server(self) -> None:
+        from dynamo.runtime.system_server import start_system_server
+
+        self.system_server = await start_system_server(self)
+
+    async def started(self) -> None:
+        """Wait until the system server, if there is one, listens. Raises what kept it from doing so."""
+        self._begin(None)
+        if self._starting is not None:
+            await asyncio.shield(self._starting)  # bounded: it binds one socket
+
+    # --- health
+
+    def set_health_status(self, ready: bool) -> None:
+        """Say whether this process can do its work."""
+        self.health.set_ready(ready)
+
+    def register_engine_route(self, name: str, callback: EngineRoute) -> None:
+        """Serve `/engine/{name}` on the system server: `callback` gets the body and returns the answer's."""
+        self.engine_routes[name.strip("/")] = callback
 
     # --- names
 
@@ -89,6 +123,7 @@ class DistributedRuntime:
 
     async def serving(self) -> RequestServer:
         """The listener, listening. Raises CannotConnect."""
+        await self.started()
         await self.server.start()
         return self.server
 
@@ -144,6 +179,8 @@ class DistributedRuntime:
             await instances.close()
         self._instances.clear()
         await self.discovery.close()
+        if self.system_server is not None:
+            await self.system_server.close()
 
     async def _leave(self) -> None:
         """Leave discovery, give callers time to learn it, admit nothing new, finish what is in flight."""
@@ -160,7 +197,7 @@ class DistributedRuntime:
         drain_s = env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
         await asyncio.gather(*(one.route.drained(drain_s) for one in served if one.graceful))
         for one in served:
-            one.finish("the worker is shutting down")
+            await one.finish("the worker is shutting down")
         await self.server.close()
 
 

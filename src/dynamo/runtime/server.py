@@ -226,7 +226,7 @@ class ServerConnection(asyncio.Protocol):
     # --- the socket's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport = cast(asyncio.Transport, transport)  # uvloop's has the methods, not the base class
+        transport = cast(asyncio.Transport, transport)  # uvloop's has its methods, but not its class
         self._transport = transport
         self._peer = str(transport.get_extra_info("peername"))
         if len(self._server.connections) >= MAX_CONNECTIONS:
