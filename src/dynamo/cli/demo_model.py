@@ -19,10 +19,12 @@ import struct
 import sysconfig
 import tempfile
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
+
+from dynamo.runtime.options import OptionParser
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 BOS_ID, EOS_ID, IM_END_ID = 0, 1, 3
@@ -201,3 +203,16 @@ def _write_weights(file: Path, shape: DemoShape) -> None:
             else:
                 values = array("f", map(quantiles.__getitem__, array("H", rng.randbytes(2 * count))))
             f.write(values.tobytes())
+
+
+def main(argv: Sequence[str]) -> int:
+    """`dynamo demo-model DIRECTORY`; returns the exit status."""
+    parser = OptionParser("dynamo demo-model", "Write a small model with random weights, which speaks nonsense.")
+    parser.add_argument("directory", type=Path, metavar="DIRECTORY", help="a new directory for it")
+    parser.add_argument("--no-weights", action="store_true", help="tokenizer, template and configs only")
+    args = parser.parse(argv)
+    try:
+        print(make_demo_model(args.directory, weights=not args.no_weights))
+    except OSError as e:
+        parser.error(str(e))
+    return 0

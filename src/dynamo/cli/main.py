@@ -7,12 +7,13 @@ import sys
 HELP = """\
 usage: dynamo COMMAND ...
 
-  run        serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
+  run          serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
+  demo-model   make a small model that speaks nonsense, to try things with
 
-  frontend   the HTTP service                      (python -m dynamo.frontend)
-  vllm       a worker of the engine vLLM           (python -m dynamo.vllm)
-  mocker     simulated workers                     (python -m dynamo.mocker)
-  echo       workers that answer with the prompt   (python -m dynamo.echo)
+  frontend     the HTTP service                      (python -m dynamo.frontend)
+  vllm         a worker of the engine vLLM           (python -m dynamo.vllm)
+  mocker       simulated workers                     (python -m dynamo.mocker)
+  echo         workers that answer with the prompt   (python -m dynamo.echo)
 
 `dynamo COMMAND --help` lists a command's options, `dynamo --version` tells the version."""
 PROGRAMS = ("frontend", "vllm", "mocker", "echo")
@@ -37,7 +38,11 @@ def main() -> int:
         from dynamo.cli.run import main as run
 
         return run(rest)
-    near = difflib.get_close_matches(word, ["run", *PROGRAMS], n=1)
+    if word == "demo-model":
+        from dynamo.cli.demo_model import main as demo_model
+
+        return demo_model(rest)
+    near = difflib.get_close_matches(word, ["run", "demo-model", *PROGRAMS], n=1)
     sys.stderr.write(f"dynamo: unknown command {word!r}" + (f"; did you mean {near[0]}?\n" if near else "\n"))
     return 2
 
