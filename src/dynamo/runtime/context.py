@@ -8,15 +8,15 @@ CANCEL frame; losing the caller's connection kills the worker's.
 """
 
 import asyncio
-import os
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from dynamo.runtime.tracing import AttributeValue, SpanProxy, TraceContext, extract, new_trace, start_span
+
 CancelLevel = Literal["stop", "kill"]
 
-_TRACE_HEADERS = ("traceparent", "tracestate", "x-request-id")
 _METADATA_PREFIX = "x-dynamo-meta-"
 
 
@@ -31,11 +31,10 @@ class Context:
         "_first_token_callbacks",
         "_id",
         "_killed",
-        "_span_id",
+        "_parent",
+        "_place",
+        "_span",
         "_stopped",
-        "_trace_id",
-        "_traceparent",
-        "_tracestate",
         "_watchers",
         "_x_request_id",
         "first_token_ns",
@@ -50,11 +49,10 @@ class Context:
         self._killed = False
         self._watchers: list[Callable[[CancelLevel], None]] = []
         self._first_token_callbacks: list[Callable[[], None]] = []
-        self._traceparent: str | None = None
-        self._tracestate: str | None = None
+        self._parent: TraceContext | None = None
+        self._place: TraceContext | None = None
+        self._span: SpanProxy | None = None
         self._x_request_id: str | None = None
-        self._trace_id: str | None = None
-        self._span_id: str | None = None
 
     def __repr__(self) -> str:
         state = "killed" if self._killed else "stopped" if self._stopped else "running"
@@ -125,8 +123,7 @@ class Context:
     def detached(self, id: str | None = None) -> "Context":  # noqa: A002 - the name users know
         """A context with the same metadata and trace whose cancellation is its own."""
         other = Context(id, self.metadata)
-        other._traceparent = self.trace_headers().get("traceparent")
-        other._tracestate = self._tracestate
+        other._parent = self.place
         other._x_request_id = self._x_request_id
         return other
 
@@ -147,47 +144,57 @@ class Context:
         else:
             self._first_token_callbacks.append(callback)
 
-    # --- tracing (W3C trace context, https://www.w3.org/TR/trace-context/)
+    # --- tracing (W3C trace context)
+
+    @property
+    def place(self) -> TraceContext:
+        """This hop's span in the caller's trace, or in one begun here."""
+        if self._place is None:
+            self._place = new_trace() if self._parent is None else self._parent.child()
+        return self._place
 
     @property
     def trace_id(self) -> str:
-        """32 hex digits: the caller's trace, or one begun here."""
-        if self._trace_id is None:
-            parts = (self._traceparent or "").split("-")
-            self._trace_id = parts[1] if _is_traceparent(parts) else os.urandom(16).hex()
-        return self._trace_id
+        """32 hex digits."""
+        return self.place.trace_id
 
     @property
     def span_id(self) -> str:
         """16 hex digits: this hop's own span."""
-        if self._span_id is None:
-            self._span_id = os.urandom(8).hex()
-        return self._span_id
+        return self.place.span_id
 
     @property
     def parent_span_id(self) -> str | None:
         """16 hex digits: the caller's span, if it sent one."""
-        parts = (self._traceparent or "").split("-")
-        return parts[2] if _is_traceparent(parts) else None
+        return self._parent.span_id if self._parent is not None else None
 
     def set_trace(self, headers: Mapping[str, str]) -> None:
         """Continue the trace of `headers` (lower-case names): traceparent, tracestate, x-request-id."""
-        self._traceparent = headers.get("traceparent")
-        self._tracestate = headers.get("tracestate")
+        self._parent = extract(headers)
+        self._place = None
+        self._span = None
         self._x_request_id = headers.get("x-request-id")
-        self._trace_id = None
 
     def trace_headers(self) -> dict[str, str]:
         """What to send to the next hop so that it continues this trace."""
-        parts = (self._traceparent or "").split("-")
-        flags = parts[3] if _is_traceparent(parts) else "01"
-        headers = {
-            "traceparent": f"00-{self.trace_id}-{self.span_id}-{flags}",
-            "x-request-id": self._x_request_id or self._id,
-        }
-        if self._tracestate:
-            headers["tracestate"] = self._tracestate
+        headers = self.place.headers()
+        headers["x-request-id"] = self._x_request_id or self._id
         return headers
+
+    def current_span(self) -> SpanProxy:
+        """The span of this hop's whole work."""
+        if self._span is None:
+            self._span = SpanProxy(self.place)
+        return self._span
+
+    def record_span(self, name: str) -> SpanProxy:
+        """Begin to record this hop's whole work, where spans are recorded. Whoever calls this closes the span."""
+        self._span = start_span(name, self._parent, {"request.id": self._id}, span_id=self.place.span_id)
+        return self._span
+
+    def start_span(self, name: str, attrs: Mapping[str, AttributeValue] | None = None) -> SpanProxy:
+        """Begin a piece of this hop's work. Close it, or use it as a context manager."""
+        return start_span(name, self.place, attrs)
 
     # --- the wire
 
@@ -207,7 +214,3 @@ class Context:
         context = cls(headers.get("request-id"), metadata)
         context.set_trace(headers)
         return context
-
-
-def _is_traceparent(parts: list[str]) -> bool:
-    return len(parts) >= 4 and len(parts[1]) == 32 and len(parts[2]) == 16

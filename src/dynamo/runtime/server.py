@@ -29,6 +29,7 @@ from dynamo.runtime.errors import (
 )
 from dynamo.runtime.options import env_number
 from dynamo.runtime.streams import PushHandler
+from dynamo.runtime.tracing import configure_tracing
 
 log = logging.getLogger(__name__)
 
@@ -173,6 +174,8 @@ class ServerStream:
             self._connection.streams.pop(self.id, None)
             self.route.remove(self)
             self.route.stats.finished(time.perf_counter() - self._started, error)
+            if self._connection.records_spans:
+                _close_span(self.context, error)
             self.set_flow(True)
 
     # --- for handlers that can wait
@@ -215,6 +218,7 @@ class ServerConnection(asyncio.Protocol):
         self.scheduled = False
         self.congested: asyncio.Future[None] | None = None
         self.left: set[int] = set()
+        self.records_spans = server.records_spans
         self._server = server
         self._reader = wire.FrameReader(server.max_message_bytes)
         self._peer_max = server.max_message_bytes
@@ -290,7 +294,10 @@ class ServerConnection(asyncio.Protocol):
         if len(self.streams) >= MAX_STREAMS:
             self._refuse(request, WorkerOverloaded(f"{MAX_STREAMS} requests of this caller are already in flight"))
             return
-        stream = ServerStream(self, request.stream, route, Context.from_headers(request.headers))
+        context = Context.from_headers(request.headers)
+        if self.records_spans:
+            context.record_span(f"handle {route.path}")
+        stream = ServerStream(self, request.stream, route, context)
         self.streams[request.stream] = stream
         route.add(stream)
         route.stats.started(size)
@@ -434,6 +441,13 @@ def count_sent(streams: list[ServerStream], frame_bytes: int) -> None:
         stream.route.stats.sent(share)
 
 
+def _close_span(context: Context, error: str | None) -> None:
+    span = context.current_span()
+    if error is not None:
+        span.set_status("error", error)
+    span.close()
+
+
 def _too_large(limit: int) -> WireError:
     return to_wire(
         InvalidArgument(f"one item of the response is over the limit of {limit} bytes (DYN_TCP_MAX_MESSAGE_SIZE)")
@@ -448,6 +462,7 @@ class RequestServer:
         self.routes: dict[str, Route] = {}
         self.connections: set[ServerConnection] = set()
         self.admitting = True
+        self.records_spans = configure_tracing()
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.host_port = ""
         self._server: asyncio.Server | None = None
