@@ -12,6 +12,8 @@ from dynamo.llm.detokenizer import IncrementalDecoder
 from dynamo.llm.tokenizer_backend import Backend
 from dynamo.llm.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from dynamo.llm.tokenizer_hf import HuggingFaceBackend
+from dynamo.llm.tokenizer_sentencepiece import SentencePieceBackend
+from dynamo.llm.tokenizer_tiktoken import TiktokenBackend, is_tiktoken
 from dynamo.runtime.errors import InvalidArgument
 from dynamo.runtime.options import env_number
 
@@ -20,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 log = logging.getLogger(__name__)
 
+_HEAD_BYTES = 256  # more than a first line of a tiktoken file has
 INLINE_CHARS = 8192  # encoding this much takes about 2 ms, what an event loop can bear
 
 
@@ -44,7 +47,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, config: TokenizerConfig) -> None:
         self._backend = backend
         self.config = config
-        self.named_tokens = dict(config.named)
+        self.named_tokens = {**backend.named, **config.named}
         self.vocab_size = backend.vocab_size
         self.special_ids = backend.special_ids
         own_eos = self.token_id("eos_token")
@@ -116,7 +119,20 @@ def _not_text(text: object) -> InvalidArgument:
 
 
 def _load_backend(directory: Path, config: TokenizerConfig) -> Backend:
+    if not directory.is_dir():
+        raise InvalidArgument(f"{directory} is not a directory: give the model's directory")
     path = directory / "tokenizer.json"
     if path.exists():
         return HuggingFaceBackend.load(path, config)
-    raise InvalidArgument(f"no tokenizer in {directory}: expected tokenizer.json, *.tiktoken or tokenizer.model")
+    for path in [*sorted(directory.glob("*.tiktoken")), directory / "tiktoken.model"]:
+        if path.exists():
+            return TiktokenBackend.load(path, config)
+    path = directory / "tokenizer.model"
+    if path.exists():
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        # Llama-3's first release has a tiktoken file under this name.
+        return (TiktokenBackend if is_tiktoken(head) else SentencePieceBackend).load(path, config)
+    raise InvalidArgument(
+        f"no tokenizer in {directory}: expected tokenizer.json, *.tiktoken, tiktoken.model or tokenizer.model"
+    )

@@ -13,6 +13,8 @@ class Backend(Protocol):
     """Tokens that `skip_special_tokens` leaves out."""
     vocab_size: int
     """Number of ids, added tokens included."""
+    named: dict[str, str]
+    """Named tokens (`bos_token`, …) that the vocabulary file itself tells; the configs win over them."""
     rules: DecodingRules
     """How tokens become text as they come."""
     cuts: Cuts | None

@@ -46,6 +46,7 @@ class HuggingFaceBackend:
         self._added: dict[int, AddedToken] = library.get_added_tokens_decoder()
         special = frozenset(token.content for token in self._added.values() if token.special)
         self.special_ids = frozenset(id_ for id_, token in self._added.items() if token.content in special)
+        self.named: dict[str, str] = {}
         self.rules = self._decoding_rules()
         self.cuts: Cuts | None = None
 
