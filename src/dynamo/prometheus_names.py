@@ -59,17 +59,6 @@ class work_handler:
 
     ERROR_TYPE_LABEL = "error_type"
 
-    class error_types:
-        """Values of the label `error_type`."""
-
-        DESERIALIZATION = "deserialization"
-        INVALID_MESSAGE = "invalid_message"
-        GENERATE = "generate"
-        SERIALIZATION = "serialization"
-        RESPONSE_STREAM = "response_stream"
-        PUBLISH_RESPONSE = "publish_response"
-        PUBLISH_FINAL = "publish_final"
-
 
 class request_plane:
     """Calling an endpoint (`dynamo_request_plane_`)."""
@@ -99,7 +88,7 @@ class event_plane:
     """Publishing and receiving events (`dynamo_component_`). These names are this project's own."""
 
     PUBLISHED_TOTAL = "event_plane_published_total"
-    DROPPED_TOTAL = "event_plane_dropped_total"
+    OVERFLOWS_TOTAL = "event_plane_overflows_total"
     RECEIVED_TOTAL = "event_plane_received_total"
     MISSED_TOTAL = "event_plane_missed_total"
     DUPLICATES_TOTAL = "event_plane_duplicates_total"
@@ -107,7 +96,7 @@ class event_plane:
     PUBLISHERS = "event_plane_publishers"
 
     TOPIC_LABEL = "topic"
-    REASON_LABEL = "reason"
+    STATE_LABEL = "state"
 
 
 class health:
