@@ -296,6 +296,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9_-]", "_", name.lower())
 
 
+def lora_slug(name: str) -> str:
+    """An adapter's name as the last part of its card's key; names that differ have keys that differ."""
+    return f"{slug(name)}-{lora_name_to_id(name):x}"
+
+
 def lora_name_to_id(name: str) -> int:
     """The number engines call an adapter by: the low 31 of the first 64 bits of its name's blake3 hash.
 

@@ -107,8 +107,8 @@ class Preprocessor:
         self.context_length = min(lengths) if lengths else None
         self._max_output = int(env_number("DYN_MAX_OUTPUT_TOKENS", 0)) or MAX_I32
 
-    async def chat(self, request: ChatCompletionRequest, pins: Routing | None = None) -> Prepared:
-        """Prepare a chat request. `pins` is what the headers say of the routing, and stands over the body.
+    async def chat(self, request: ChatCompletionRequest) -> Prepared:
+        """Prepare a chat request.
 
         Raises:
             InvalidArgument: the template refuses the messages, or the prompt does not fit.
@@ -124,9 +124,9 @@ class Preprocessor:
             token_ids = await self.tokenizer.encode_async(text, bool(request.add_special_tokens))
         logprobs = self._logprob_format(request, request.top_logprob_count, chat=True)
         tools = None if request.tool_choice is None else request.forced_tools()
-        return self._prepare(request, token_ids, text, "messages", pins, logprobs, tools=tools)
+        return self._prepare(request, token_ids, text, "messages", logprobs, tools=tools)
 
-    async def completion(self, request: CompletionRequest, pins: Routing | None = None) -> list[Prepared]:
+    async def completion(self, request: CompletionRequest) -> list[Prepared]:
         """Prepare a completion request: one for each prompt, in order. See `chat`."""
         prepared = []
         for i, prompt in enumerate(request.prompts):
@@ -144,9 +144,7 @@ class Preprocessor:
             logprobs = self._logprob_format(request, request.top_logprob_count, chat=False)
             echo = self._echo(request, text, token_ids, logprobs) if request.echo else None
             index = i * request.choices
-            prepared.append(
-                self._prepare(request, token_ids, text, where, pins, logprobs, echo=echo, first_index=index)
-            )
+            prepared.append(self._prepare(request, token_ids, text, where, logprobs, echo=echo, first_index=index))
         return prepared
 
     def _render(self, request: ChatCompletionRequest) -> str:
@@ -197,7 +195,6 @@ class Preprocessor:
         token_ids: list[int],
         text: str | None,
         where: str,
-        pins: Routing | None,
         logprobs: LogprobFormat | None,
         *,
         echo: Echo | None = None,
@@ -206,7 +203,7 @@ class Preprocessor:
     ) -> Prepared:
         stops = self._stop_conditions(request, token_ids, where)
         options = self._output_options(request, logprobs, echo)
-        routing = self._routing(request, pins)
+        routing = self._routing(request)
         engine_request = PreprocessedRequest(
             model=self.card.display_name,
             token_ids=token_ids,
@@ -301,10 +298,10 @@ class Preprocessor:
             return_tokens_as_token_ids=request.return_tokens_as_token_ids or None,
         )
 
-    def _routing(self, request: CommonRequest, pins: Routing | None) -> Routing | None:
-        """Where the request should go: headers before `nvext` before root fields."""
+    def _routing(self, request: CommonRequest) -> Routing | None:
+        """What the body says of where the request should go and how urgent it is."""
         ext, lora = request.nvext, self.card.lora
-        if ext is None and pins is None and lora is None and request.cache_salt is None and request.priority is None:
+        if ext is None and lora is None and request.cache_salt is None and request.priority is None:
             return None
         routing = Routing(
             cache_salt=request.cache_salt, priority=request.priority, lora_name=None if lora is None else lora.name
@@ -315,12 +312,6 @@ class Preprocessor:
             if ext.agent_hints is not None:
                 routing.expected_output_tokens = ext.agent_hints.osl
                 routing.strict_priority = ext.agent_hints.strict_priority
-        if pins is not None:
-            for name in pins.__struct_fields__:
-                if (value := getattr(pins, name)) is not None:
-                    setattr(routing, name, value)
-        if routing.priority is not None:
-            routing.priority_jump = float(routing.priority)  # the router's queue orders by it [K43]
         return routing
 
 
