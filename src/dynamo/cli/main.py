@@ -8,6 +8,7 @@ HELP = """\
 usage: dynamo COMMAND ...
 
   run          serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
+  doctor       who is there, and does each worker answer?
   demo-model   make a small model that speaks nonsense, to try things with
 
   frontend     the HTTP service                      (python -m dynamo.frontend)
@@ -38,11 +39,15 @@ def main() -> int:
         from dynamo.cli.run import main as run
 
         return run(rest)
+    if word == "doctor":
+        from dynamo.cli.doctor import main as doctor
+
+        return doctor(rest)
     if word == "demo-model":
         from dynamo.cli.demo_model import main as demo_model
 
         return demo_model(rest)
-    near = difflib.get_close_matches(word, ["run", "demo-model", *PROGRAMS], n=1)
+    near = difflib.get_close_matches(word, ["run", "doctor", "demo-model", *PROGRAMS], n=1)
     sys.stderr.write(f"dynamo: unknown command {word!r}" + (f"; did you mean {near[0]}?\n" if near else "\n"))
     return 2
 

