@@ -60,7 +60,7 @@ def test_engine_flags_go_to_the_workers_last() -> None:
 
 
 def test_cpu_workers_split_the_cores() -> None:
-    for spec in plan.processes(request(cores=8), {}, Path("/d"))[1:]:
+    for spec in plan.processes(request(cores=9), {}, Path("/d"))[1:]:
         assert spec.env["OMP_NUM_THREADS"] == "4"
         assert spec.env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 

@@ -15,7 +15,7 @@ from dynamo.runtime import wire
 from dynamo.runtime.address import INSTANCES, MODEL_CARDS, split_host_port
 from dynamo.runtime.discovery import choose_backend, open_discovery
 from dynamo.runtime.errors import DynamoException
-from dynamo.runtime.instances import Target, parse_instance
+from dynamo.runtime.instances import Instance
 from dynamo.runtime.options import OptionParser
 
 ANSWER_S = 3.0  # as long as a caller waits for a connection
@@ -73,19 +73,20 @@ async def examine(backend: str | None) -> list[Finding]:
     for key, value in sorted(records.items()):
         where, _, number = key.removeprefix(f"{INSTANCES}/").rpartition("/")
         model = models.get(f"{where}/{number}", "")
+        endpoint, instance_id = where.replace("/", "."), int(number, 16)
         try:
-            target = parse_instance(key, value)
+            host_port = msgspec.json.decode(value, type=Instance).transport.address.partition("/")[0]
+            split_host_port(host_port)
         except ValueError as e:
-            findings.append(Finding(where.replace("/", "."), int(number, 16), "?", model, None, f"bad record: {e}"))
+            findings.append(Finding(endpoint, instance_id, "?", model, None, f"bad record: {e}"))
             continue
-        findings.append(await _examine_one(where.replace("/", "."), target, model))
+        findings.append(await _examine_one(Finding(endpoint, instance_id, host_port, model, None)))
     return findings
 
 
-async def _examine_one(endpoint: str, target: Target, model: str) -> Finding:
-    found = Finding(endpoint, target.instance_id, target.host_port, model, None)
+async def _examine_one(found: Finding) -> Finding:
     try:
-        return msgspec.structs.replace(found, answer_ms=await ping(target.host_port))
+        return msgspec.structs.replace(found, answer_ms=await ping(found.address))
     except TimeoutError:
         return msgspec.structs.replace(found, trouble=f"no answer within {ANSWER_S:g} s")
     except (OSError, wire.ProtocolError) as e:

@@ -11,9 +11,11 @@ from pathlib import Path
 import msgspec
 
 from dynamo.cli.children import ChildSpec
+from dynamo.vllm import cpu
 
 ENGINES = ("vllm", "mocker", "echo")
 DEMO_NAME = "demo"
+UNKNOWN_WEIGHTS = 1 << 40  # bytes: a model still on the hub counts as large
 GPU_MEMORY_SHARE = 0.9  # of a GPU, split among the workers that share it; vLLM's own default is about this
 NO_VLLM = """\
 the engine vLLM is not installed in this environment.
@@ -153,14 +155,13 @@ def _on_gpus(request: Request) -> list[tuple[list[str], dict[str, str]]]:
 
 
 def _on_cores(request: Request, environ: Mapping[str, str]) -> list[tuple[list[str], dict[str, str]]]:
-    """Split the cores: left alone, each worker would bind its threads to the same ones."""
-    env = {}
-    if request.workers > 1:
-        if "OMP_NUM_THREADS" not in environ:
-            env["OMP_NUM_THREADS"] = str(max(1, request.cores // request.workers))
-        if "VLLM_CPU_OMP_THREADS_BIND" not in environ:
-            env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-    return [([], env)] * request.workers
+    """Split the cores: each worker alone would take nearly all of them."""
+    if request.workers == 1:
+        return [([], {})]
+    directory = Path(request.model.path)
+    weights = cpu.weights_bytes(directory) if directory.is_dir() else UNKNOWN_WEIGHTS
+    split = {s.name: s.value for s in cpu.environment(weights, request.cores, request.workers, environ)}
+    return [([], split)] * request.workers
 
 
 def _mocker_workers(request: Request, environ: Mapping[str, str]) -> list[ChildSpec]:
