@@ -20,9 +20,7 @@ from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
     ConnectionTimeout,
-    Disconnected,
     DynamoException,
-    EngineShutdown,
     WorkerUnavailable,
 )
 from dynamo.runtime.instances import Instance, InstanceSet, Target
@@ -32,9 +30,6 @@ from dynamo.runtime.streams import StreamSink
 PAUSE_BYTES = 1 << 20  # an iterator that nobody reads asks its worker to wait from here on ...
 RESUME_BYTES = 1 << 18  # ... until this little is left
 MAX_UNREAD_BYTES = 64 << 20  # a worker that pushes on regardless loses the stream
-
-INHIBITING = (CannotConnect, Disconnected, ConnectionTimeout, EngineShutdown)
-"""Errors that say something of the instance rather than of the request [R17]."""
 
 
 class Client:

@@ -226,13 +226,15 @@ class ServedEndpoint:
         if not self._registered:
             runtime = self.endpoint.runtime
             record = instance_record(self.endpoint.address, self.instance_id, (await runtime.serving()).host_port)
+            runtime.server.stay(self.route.path)
             await runtime.discovery.put(self.key, record, create=True)
             self._registered = True
 
     async def unregister(self) -> None:
-        """Let no new caller find it. Raises DiscoveryError."""
+        """Let no new caller find it, and ask connected ones to look elsewhere. Raises DiscoveryError."""
         if self._registered:
             self._registered = False
+            self.endpoint.runtime.server.leave(self.route.path)
             await self.endpoint.runtime.discovery.delete(self.key)
 
     async def watch_health(self, counters: EndpointMetrics, payload: dict[str, Any] | None) -> None:

@@ -6,6 +6,7 @@ callback: decode once, call the sinks, flush each sink touched. The pool owns th
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import cast
 
@@ -19,12 +20,14 @@ from dynamo.runtime.errors import (
     CannotConnect,
     Disconnected,
     DynamoException,
+    EngineShutdown,
     InvalidArgument,
     Unknown,
     WorkerOverloaded,
     from_wire,
 )
 from dynamo.runtime.instances import Target
+from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.streams import StreamSink
 
@@ -39,7 +42,7 @@ MAX_UNSENT_BYTES = 64 << 20  # two largest messages; a peer that leaves more unr
 class Call:
     """One request in flight, from the caller's side."""
 
-    __slots__ = ("_connection", "context", "id", "on_flow", "sink", "target")
+    __slots__ = ("_connection", "context", "id", "on_flow", "sent_s", "sink", "target")
 
     def __init__(self, connection: "Connection", id: int, target: Target, sink: StreamSink, context: Context) -> None:  # noqa: A002
         self._connection = connection
@@ -48,6 +51,7 @@ class Call:
         self.sink = sink
         self.context = context
         self.on_flow: Callable[[bool], None] | None = None
+        self.sent_s = time.perf_counter()  # 0 once the first item has come
 
     def cancel(self, level: CancelLevel) -> None:
         """Tell the worker. After `kill` the sink hears nothing more."""
@@ -104,6 +108,7 @@ class Connection(asyncio.Protocol):
         self.send(wire.REQUEST, (call.id, target.path, all_headers, request))
         self.calls[call.id] = call
         target.inflight += 1
+        self._pool.stats.inflight.value += 1
         context.watch(call.cancel)
         return call
 
@@ -115,6 +120,7 @@ class Connection(asyncio.Protocol):
             raise InvalidArgument(f"the request cannot be encoded: {e}") from e
         wire.check_size(buffer, self._peer_max, "the request")
         self._out.append(buffer)
+        self._pool.sockets.bytes_sent.value += len(buffer)
         if not self._scheduled and self._greeting.done():
             self._scheduled = True
             self._loop.call_soon(self._flush)
@@ -145,6 +151,7 @@ class Connection(asyncio.Protocol):
     def _forget(self, call: Call) -> None:
         del self.calls[call.id]
         call.target.inflight -= 1
+        self._pool.stats.inflight.value -= 1
         call.context.unwatch(call.cancel)
         if self.retired and not self.calls:
             self._loop.call_soon(self.close_if_idle)
@@ -158,6 +165,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        self._pool.sockets.bytes_received.value += len(data)
         touched: dict[int, StreamSink] = {}
         try:
             for kind, body in self._reader.feed(data):
@@ -180,6 +188,9 @@ class Connection(asyncio.Protocol):
             call = calls.get(stream)
             if call is None:
                 continue  # the caller has left
+            if call.sent_s:
+                self._pool.stats.roundtrip_ttft.observe(time.perf_counter() - call.sent_s)
+                call.sent_s = 0.0
             sink = call.sink
             touched[stream] = sink
             try:
@@ -200,26 +211,30 @@ class Connection(asyncio.Protocol):
     def _on_frame(self, kind: int, body: memoryview, touched: dict[int, StreamSink]) -> None:
         if kind == wire.PONG:
             return
-        if kind == wire.ERROR:
+        if kind in (wire.ERROR, wire.REFUSED):
             failed = wire.decode_failed(body)
             call = self.calls.get(failed.stream)
             if call is not None:
                 touched[failed.stream] = call.sink
-                self._end_call(call, from_wire(failed.error))
+                error = from_wire(failed.error)
+                if isinstance(error, EngineShutdown) or (kind == wire.REFUSED and isinstance(error, CannotConnect)):
+                    call.target.inhibit()
+                self._end_call(call, error)
         elif kind == wire.FLOW:
             flow = wire.decode_flow(body)
             call = self.calls.get(flow.stream)
             if call is not None and call.on_flow is not None:
                 call.on_flow(flow.go)
         elif kind == wire.LEAVING:
-            instance_ids = wire.decode_ids(body)
-            self._pool.leaving(instance_ids)
-            self.send(wire.LEFT, instance_ids)
+            paths = wire.decode_paths(body)
+            self._pool.leaving(paths)
+            self.send(wire.LEFT, paths)
         elif kind == wire.HELLO:
             hello = wire.decode_hello(body)
             self._peer_max = min(self._peer_max, hello.max_message_bytes)
             if not self._greeting.done():
                 self._greeting.set_result(None)
+                self._pool.sockets.connections.value += 1
                 self._flush()
         else:
             raise wire.ProtocolError(f"a frame of kind {kind}")
@@ -230,7 +245,6 @@ class Connection(asyncio.Protocol):
             call.sink.on_error(error)
         except Exception:
             log.exception("a response sink failed at an error")
-        self._pool.call_failed(call.target, error)
 
     def _sink_failed(self, call: Call, error: Exception) -> None:
         call.cancel("kill")
@@ -252,8 +266,12 @@ class Connection(asyncio.Protocol):
                 self._transport.close()
             else:
                 self._transport.abort()
+        if not in_order:
+            self._pool.sockets.errors.value += 1
         if not self._greeting.done():
             self._greeting.cancel()
+        elif not self._greeting.cancelled():
+            self._pool.sockets.connections.value -= 1
         self._pool.connection_failed(self)
         sinks = [call.sink for call in self.calls.values()]
         for call in tuple(self.calls.values()):
@@ -305,14 +323,15 @@ class Connection(asyncio.Protocol):
 class ConnectionPool:
     """All connections of one runtime to workers."""
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, metrics: Metrics) -> None:
         self.process = process
+        self.stats = metrics.request_plane
+        self.sockets = metrics.transport
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.connect_timeout_s = env_number("DYN_TCP_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S)
         self.ping_interval_s = env_number("DYN_TCP_PING_INTERVAL_SECS", PING_INTERVAL_S)
-        self.on_call_failed: list[Callable[[Target, DynamoException], None]] = []
         self.on_connection_failed: list[Callable[[str], None]] = []
-        self.on_leaving: list[Callable[[list[int]], None]] = []
+        self.on_leaving: list[Callable[[list[str]], None]] = []
         self._connections: dict[str, Connection] = {}
         self._uses: dict[str, int] = {}
         self._connecting: set[asyncio.Task[None]] = set()
@@ -345,11 +364,6 @@ class ConnectionPool:
             connection.retired = True
             connection.close_if_idle()
 
-    def call_failed(self, target: Target, error: DynamoException) -> None:
-        """Tell who chooses instances."""
-        for listener in self.on_call_failed:
-            listener(target, error)
-
     def connection_failed(self, connection: Connection) -> None:
         """Forget a connection; the next call makes a new one."""
         if self._connections.get(connection.host_port) is connection:
@@ -358,10 +372,10 @@ class ConnectionPool:
             for listener in self.on_connection_failed:
                 listener(connection.host_port)
 
-    def leaving(self, instance_ids: list[int]) -> None:
+    def leaving(self, paths: list[str]) -> None:
         """A worker said that these instances take no more requests."""
         for listener in self.on_leaving:
-            listener(instance_ids)
+            listener(paths)
 
     def _tick(self, loop: asyncio.AbstractEventLoop) -> None:
         self._timer = loop.call_later(self.ping_interval_s, self._tick, loop)

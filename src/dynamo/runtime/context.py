@@ -17,6 +17,7 @@ from dynamo.runtime.tracing import AttributeValue, SpanProxy, TraceContext, extr
 
 CancelLevel = Literal["stop", "kill"]
 
+SENT_HEADER = "x-frontend-send-ts-ns"  # when the caller sent the request, in ns since 1970 by its clock
 _METADATA_PREFIX = "x-dynamo-meta-"
 
 
@@ -202,6 +203,7 @@ class Context:
         """Everything of this context that travels with a request."""
         headers = self.trace_headers()
         headers["request-id"] = self._id
+        headers[SENT_HEADER] = str(time.time_ns())
         for name, value in self.metadata.items():
             headers[_METADATA_PREFIX + name] = value
         return headers

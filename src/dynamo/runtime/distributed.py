@@ -5,6 +5,7 @@ health, and the order in which all that ends.
 """
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -38,7 +39,7 @@ class DistributedRuntime:
     """One process's part in a deployment.
 
     Args:
-        event_loop: kept for scripts that pass it; the runtime uses the loop it is called on.
+        event_loop: the loop it will be used on; by default the running one.
         discovery_backend: auto, file, mem, etcd or kubernetes; else DYN_DISCOVERY_BACKEND.
         request_plane: only `tcp`; else DYN_REQUEST_PLANE.
         enable_nats: ignored, kept for scripts that pass it.
@@ -68,25 +69,25 @@ class DistributedRuntime:
         self.metrics = Metrics(self.instance_id)
         self.health = Health()
         self.system_server: SystemServer | None = None
-        self.pool = ConnectionPool(self.process)
-        self.server = RequestServer(self.process)
+        self.pool = ConnectionPool(self.process, self.metrics)
+        self.server = RequestServer(self.process, self.metrics)
         self.served: list[ServedEndpoint] = []
         self.engine_routes: dict[str, EngineRoute] = {}
         self._instances: dict[EndpointAddress, InstanceSet] = {}
+        self._loop = event_loop
         self._shutdown = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
-        self._begin(event_loop)
+        if self._loop is None:
+            with contextlib.suppress(RuntimeError):  # made outside a loop: `started` finds it
+                self._loop = asyncio.get_running_loop()
+        if self._loop is not None:
+            self._begin(self._loop)
 
-    def _begin(self, event_loop: asyncio.AbstractEventLoop | None) -> None:
-        """Start the system server, if DYN_SYSTEM_PORT asks for one, as soon as there is a loop."""
-        if env_number("DYN_SYSTEM_PORT", -1) < 0 or self._starting is not None:
-            return
-        try:
-            loop = event_loop or asyncio.get_running_loop()
-        except RuntimeError:
-            return  # made outside a loop: `started` begins it
-        self._starting = loop.create_task(self._start_system_server(), name="system server")
+    def _begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Start the system server, if DYN_SYSTEM_PORT asks for one."""
+        if env_number("DYN_SYSTEM_PORT", -1) >= 0 and self._starting is None:
+            self._starting = loop.create_task(self._start_system_server(), name="system server")
 
     async def _start_system_server(self) -> None:
         from dynamo.runtime.system_server import start_system_server
@@ -95,7 +96,8 @@ class DistributedRuntime:
 
     async def started(self) -> None:
         """Wait until the system server, if there is one, listens. Raises what kept it from doing so."""
-        self._begin(None)
+        self._loop = asyncio.get_running_loop()
+        self._begin(self._loop)
         if self._starting is not None:
             await asyncio.shield(self._starting)  # bounded: it binds one socket
 
@@ -129,6 +131,7 @@ class DistributedRuntime:
 
     async def instances_of(self, address: EndpointAddress) -> InstanceSet:
         """The live instances of an endpoint; one set for all clients. Raises DiscoveryError."""
+        await self.started()
         known = self._instances.get(address)
         if known is None:
             known = self._instances[address] = InstanceSet(address, self.discovery, self.pool.use)
@@ -150,7 +153,13 @@ class DistributedRuntime:
     # --- the end
 
     def shutdown(self) -> None:
-        """Begin to leave, in order; returns at once. Later calls do nothing."""
+        """Begin to leave, in order; returns at once. May be called from any thread; later calls do nothing."""
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            if self._loop is not None and not self._loop.is_closed():
+                self._loop.call_soon_threadsafe(self.shutdown)
+            return
         if not self._shutdown.is_set():
             self._shutdown.set()
             self._ending = asyncio.get_running_loop().create_task(self._leave(), name="runtime shutdown")
@@ -179,8 +188,12 @@ class DistributedRuntime:
             await instances.close()
         self._instances.clear()
         await self.discovery.close()
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.gather(self._starting, return_exceptions=True)
         if self.system_server is not None:
             await self.system_server.close()
+            self.system_server = None
 
     async def _leave(self) -> None:
         """Leave discovery, give callers time to learn it, admit nothing new, finish what is in flight."""
@@ -191,14 +204,16 @@ class DistributedRuntime:
             except DynamoException as e:
                 log.warning("leaving discovery: %s; the entry will expire", e)
         grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
-        if served and self.server.connections:
-            await self.server.tell_leaving([one.instance_id for one in served], grace_s)
+        await self.server.all_left(grace_s)
         self.server.admitting = False
         drain_s = env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
-        await asyncio.gather(*(one.route.drained(drain_s) for one in served if one.graceful))
-        for one in served:
-            await one.finish("the worker is shutting down")
+        await asyncio.gather(*(self._end(one, drain_s if one.graceful else 0.0) for one in served))
         await self.server.close()
+
+    async def _end(self, served: ServedEndpoint, drain_s: float) -> None:
+        if not await served.route.drained(drain_s):
+            log.warning("%s: requests in flight after %g s are cancelled", served.endpoint.path, drain_s)
+        await served.finish("the worker is shutting down")
 
 
 def _only(what: str, given: str | None, supported: str, variable: str) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 
@@ -72,7 +73,7 @@ def instance_record(address: EndpointAddress, instance_id: int, host_port: str) 
     )
 
 
-def parse_instance(key: str, value: bytes) -> "Target":
+def parse_instance(key: str, value: bytes, inhibit: Callable[[int], None]) -> "Target":
     """Read a record. Raises ValueError for anything a request cannot be sent to."""
     instance = msgspec.json.decode(value, type=Instance)
     tcp = instance.transport_by_kind.get("tcp")
@@ -82,7 +83,7 @@ def parse_instance(key: str, value: bytes) -> "Target":
     split_host_port(host_port)
     if not slash or int(key.rpartition("/")[2], 16) != instance.instance_id:
         raise ValueError(f"its transport {tcp!r} or instance id {instance.instance_id:x} does not fit its key")
-    return Target(instance, host_port, path)
+    return Target(instance, host_port, path, partial(inhibit, instance.instance_id))
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +93,8 @@ class Target:
     instance: Instance
     host_port: str
     path: str
+    inhibit: Callable[[], None]
+    """Leave it out of choices for a while: it failed."""
     inflight: int = 0
 
     @property
@@ -172,15 +175,16 @@ class InstanceSet:
             if target.host_port == host_port:
                 self.inhibit(instance_id)
 
-    def leaving(self, instance_ids: list[int]) -> None:
+    def leaving(self, paths: list[str]) -> None:
         """A worker said these take no more requests: leave them out until discovery says anything new."""
-        for instance_id in instance_ids:
-            if instance_id in self.targets:
-                timer = self._inhibited.get(instance_id)
-                if timer is not None:
-                    timer.cancel()
-                self._inhibited[instance_id] = None
-        self._tell()
+        gone = [instance_id for instance_id, target in self.targets.items() if target.path in paths]
+        for instance_id in gone:
+            timer = self._inhibited.get(instance_id)
+            if timer is not None:
+                timer.cancel()
+            self._inhibited[instance_id] = None
+        if gone:
+            self._tell()
 
     def _lift(self, instance_id: int) -> None:
         timer = self._inhibited.pop(instance_id, None)
@@ -200,7 +204,7 @@ class InstanceSet:
 
     def _put(self, key: str, value: bytes) -> None:
         try:
-            target = parse_instance(key, value)
+            target = parse_instance(key, value, self.inhibit)
         except (ValueError, msgspec.DecodeError) as e:
             log.warning("ignoring the instance record %s: %s", key, e)
             self._delete(key)

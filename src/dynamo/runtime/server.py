@@ -9,14 +9,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, cast
 
 import msgspec
 
 from dynamo.runtime import wire
 from dynamo.runtime.address import join_host_port
-from dynamo.runtime.context import CancelLevel, Context
+from dynamo.runtime.context import SENT_HEADER, CancelLevel, Context
 from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
@@ -27,6 +27,7 @@ from dynamo.runtime.errors import (
     WorkerOverloaded,
     to_wire,
 )
+from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.streams import PushHandler
 from dynamo.runtime.tracing import configure_tracing
@@ -39,6 +40,7 @@ MAX_STREAMS = 65536  # requests in flight from one caller process
 MAX_CONNECTIONS = 4096  # caller processes
 SILENCE_S = 8.0  # callers ping every 2 s; one that is silent for this long is gone
 TICK_S = 2.0
+CLOSE_S = 1.0  # at the very end, callers get this long to read what is already written
 
 
 class RouteStats(Protocol):
@@ -107,7 +109,7 @@ class Route:
 class ServerStream:
     """One request in flight, from the worker's side: the `ResponseStream` that handlers get."""
 
-    __slots__ = ("_connection", "_flow", "_started", "context", "id", "on_data", "open", "route")
+    __slots__ = ("_connection", "_flow", "_started", "answered", "context", "id", "on_data", "open", "route")
 
     def __init__(self, connection: "ServerConnection", id: int, route: Route, context: Context) -> None:  # noqa: A002
         self._connection = connection
@@ -118,6 +120,7 @@ class ServerStream:
         self.on_data: Callable[[msgspec.Raw | None], None] | None = None
         self._flow: asyncio.Future[None] | None = None
         self._started = time.perf_counter()
+        self.answered = False
 
     @property
     def closed(self) -> bool:
@@ -128,6 +131,9 @@ class ServerStream:
         """Queue one item; it is encoded at the end of this turn of the loop, so do not change it until then."""
         if self.open:
             connection = self._connection
+            if not self.answered:
+                self.answered = True
+                connection.stats.time_to_first_response.observe(time.perf_counter() - self._started)
             connection.streams_out.append(self)
             connection.items_out.append(item)
             if not connection.scheduled:
@@ -214,11 +220,15 @@ class ServerConnection(asyncio.Protocol):
         self.items_out: list[object] = []
         self.ended_out: list[int] = []
         self.errors_out: list[tuple[int, WireError]] = []
+        self.refused_out: list[tuple[int, WireError]] = []
         self.flow_out: list[tuple[int, bool]] = []
         self.scheduled = False
         self.congested: asyncio.Future[None] | None = None
-        self.left: set[int] = set()
+        self.greeted = False
+        self.left: set[str] = set()
         self.records_spans = server.records_spans
+        self.stats = server.metrics.work_handler
+        self._sockets = server.metrics.transport
         self._server = server
         self._reader = wire.FrameReader(server.max_message_bytes)
         self._peer_max = server.max_message_bytes
@@ -243,6 +253,7 @@ class ServerConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard = True
+        self._sockets.bytes_received.value += len(data)
         try:
             for kind, body in self._reader.feed(data):
                 self._on_frame(kind, body)
@@ -275,8 +286,11 @@ class ServerConnection(asyncio.Protocol):
                 stream.set_flow(flow.go)
         elif kind == wire.HELLO:
             self._peer_max = min(self._peer_max, wire.decode_hello(body).max_message_bytes)
+            self.greeted = True
+            if self._server.leaving:
+                self.ask_to_leave(self._server.leaving)
         elif kind == wire.LEFT:
-            self.left.update(wire.decode_ids(body))
+            self.left.update(wire.decode_paths(body))
             self._server.on_left()
         else:
             raise wire.ProtocolError(f"a frame of kind {kind}")
@@ -289,11 +303,15 @@ class ServerConnection(asyncio.Protocol):
             self._refuse(request, CannotConnect(f"no endpoint {request.path} here: it has left, or never came"))
             return
         if not (route.admitting and self._server.admitting):
+            self.stats.enqueue_rejected.value += 1
             self._refuse(request, EngineShutdown(f"{request.path} is shutting down"))
             return
         if len(self.streams) >= MAX_STREAMS:
             self._refuse(request, WorkerOverloaded(f"{MAX_STREAMS} requests of this caller are already in flight"))
             return
+        sent_ns = request.headers.get(SENT_HEADER, "")
+        if sent_ns.isdigit():
+            self.stats.network_transit.observe(max(0.0, (time.time_ns() - int(sent_ns)) / 1e9))
         context = Context.from_headers(request.headers)
         if self.records_spans:
             context.record_span(f"handle {route.path}")
@@ -308,7 +326,7 @@ class ServerConnection(asyncio.Protocol):
             stream.fail(e)
 
     def _refuse(self, request: wire.Request, error: Exception) -> None:
-        self.errors_out.append((request.stream, to_wire(error)))
+        self.refused_out.append((request.stream, to_wire(error)))
         self.schedule()
 
     def pause_writing(self) -> None:
@@ -347,6 +365,9 @@ class ServerConnection(asyncio.Protocol):
         if self.errors_out:
             errors, self.errors_out = self.errors_out, []
             parts.extend(wire.frame(wire.ERROR, error) for error in errors)
+        if self.refused_out:
+            refused, self.refused_out = self.refused_out, []
+            parts.extend(wire.frame(wire.REFUSED, refusal) for refusal in refused)
         if self.flow_out:
             flows, self.flow_out = self.flow_out, []
             parts.extend(wire.frame(wire.FLOW, flow) for flow in flows)
@@ -404,12 +425,13 @@ class ServerConnection(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         transport.write(data)
+        self._sockets.bytes_sent.value += len(data)
         if self.congested is not None and transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             self.drop(f"it left {transport.get_write_buffer_size()} bytes unread")
 
-    def leaving(self, instance_ids: list[int]) -> None:
-        """Tell the caller that these instances take no more requests."""
-        self._write(wire.frame(wire.LEAVING, instance_ids))
+    def ask_to_leave(self, paths: Iterable[str]) -> None:
+        """Ask the caller for no more requests to these."""
+        self._write(wire.frame(wire.LEAVING, list(paths)))
 
     def tick(self) -> None:
         """Every TICK_S: give up a caller that was silent for SILENCE_S."""
@@ -419,8 +441,8 @@ class ServerConnection(asyncio.Protocol):
             self.drop(f"it was silent for {SILENCE_S:g} s")
 
     def drop(self, reason: str) -> None:
-        """Close the connection at once, and say why."""
-        log.warning("dropping the caller %s: %s", self._peer, reason)
+        """Close the connection at once, and say why; quietly if it never was a caller, like a port probe."""
+        log.log(logging.WARNING if self.greeted else logging.INFO, "dropping the caller %s: %s", self._peer, reason)
         if self._transport is not None:
             self._transport.abort()
 
@@ -457,11 +479,13 @@ def _too_large(limit: int) -> WireError:
 class RequestServer:
     """The listener of one process."""
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, metrics: Metrics) -> None:
         self.process = process
+        self.metrics = metrics
         self.routes: dict[str, Route] = {}
         self.connections: set[ServerConnection] = set()
         self.admitting = True
+        self.leaving: set[str] = set()
         self.records_spans = configure_tracing()
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.host_port = ""
@@ -498,18 +522,26 @@ class RequestServer:
         if self.routes.get(route.path) is route:
             del self.routes[route.path]
 
-    async def tell_leaving(self, instance_ids: list[int], timeout_s: float) -> None:
-        """Tell all callers, and wait until each has heard it or gone, at most `timeout_s`."""
-        for connection in tuple(self.connections):
-            connection.left.clear()
-            connection.leaving(instance_ids)
+    def leave(self, path: str) -> None:
+        """Ask all callers, also those still to come, for no more requests to `path`."""
+        self.leaving.add(path)
+        for connection in self.connections:
+            connection.left.discard(path)
+            connection.ask_to_leave([path])
+
+    def stay(self, path: str) -> None:
+        """Requests to `path` are welcome again; discovery tells the callers."""
+        self.leaving.discard(path)
+
+    async def all_left(self, timeout_s: float) -> None:
+        """Wait until every caller has heard what is leaving, or has gone; at most `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s):
-                while any(not connection.left.issuperset(instance_ids) for connection in self.connections):
+                while not all(connection.left >= self.leaving for connection in self.connections):
                     self._left.clear()
                     await self._left.wait()
         except TimeoutError:
-            log.warning("not all callers confirmed that this worker is leaving within %g s", timeout_s)
+            log.warning("not all callers confirmed within %g s that this worker is leaving", timeout_s)
 
     def on_left(self) -> None:
         """A caller confirmed, or went."""
@@ -536,9 +568,17 @@ class RequestServer:
             self._timer.cancel()
         if self._server is not None:
             self._server.close()
-        for connection in tuple(self.connections):
+        for connection in self.connections:
             connection.flush()
             connection.close()
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                while self.connections:
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            for connection in tuple(self.connections):
+                connection.drop("it does not read its last answers")
 
 
 def advertised_host(bound: str) -> str:

@@ -11,8 +11,9 @@ msgpack body. Streams are numbered by the caller. Bodies are arrays:
     FLOW     [stream, go]                         caller cannot (false) or can (true) take more of this stream
     ITEMS    [streams, items, ended]              worker; item i belongs to stream i; then `ended` have ended
     ERROR    [stream, WireError]                  worker; the stream has failed
-    LEAVING  [instance ids]                       worker takes no new callers for these; send elsewhere
-    LEFT     [instance ids]                       caller has heard LEAVING and sent its last request there
+    REFUSED  [stream, WireError]                  worker; no handler ever saw the request
+    LEAVING  [paths]                              worker asks for no more requests to these
+    LEFT     [paths]                              caller has heard, and has sent its last request there
     PING     []  PONG []                          caller asks, worker answers
 
 All that a worker sends in one turn of its event loop to one caller is in one ITEMS frame.
@@ -29,7 +30,7 @@ PREAMBLE = b"DYN1\x01"
 HEADER_BYTES = 5
 DEFAULT_MAX_MESSAGE_BYTES = 32 << 20  # DYN_TCP_MAX_MESSAGE_SIZE
 
-HELLO, REQUEST, DATA, END, CANCEL, FLOW, ITEMS, ERROR, LEAVING, LEFT, PING, PONG = range(1, 13)
+HELLO, REQUEST, DATA, END, CANCEL, FLOW, ITEMS, ERROR, REFUSED, LEAVING, LEFT, PING, PONG = range(1, 14)
 
 _HEADER = struct.Struct(">IB")
 _LENGTH = struct.Struct(">I")
@@ -119,7 +120,7 @@ decode_cancel = msgspec.msgpack.Decoder(Cancel).decode
 decode_flow = msgspec.msgpack.Decoder(Flow).decode
 decode_items = msgspec.msgpack.Decoder(Items).decode
 decode_failed = msgspec.msgpack.Decoder(Failed).decode
-decode_ids = msgspec.msgpack.Decoder(list[int]).decode
+decode_paths = msgspec.msgpack.Decoder(list[str]).decode
 
 
 def frame(kind: int, body: object) -> bytearray:

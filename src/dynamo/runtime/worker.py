@@ -13,6 +13,7 @@ import inspect
 import logging
 import os
 import signal
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -63,23 +64,31 @@ async def _run(function: Callable[..., Coroutine[Any, Any, T]], args: Any, kwarg
     runtime = DistributedRuntime(asyncio.get_running_loop())
     handle_signals(runtime)
     work = asyncio.ensure_future(function(runtime, *args, **kwargs))
-    leaving = asyncio.ensure_future(_after_shutdown(runtime, work))
+    leaving = asyncio.ensure_future(_after_shutdown(runtime))
     try:
-        return await work
+        await asyncio.wait([work, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            log.warning("the worker function did not return %g s after the shutdown; cancelling it", RETURN_S)
+            work.cancel()
+            await asyncio.wait([work], timeout=RETURN_S)
+            raise SystemExit(1)
+        return work.result()
     finally:
+        work.cancel()
         leaving.cancel()
         await runtime.close()
 
 
-async def _after_shutdown(runtime: DistributedRuntime, work: "asyncio.Future[Any]") -> None:
-    """A function that does not return when its endpoints have ended is cancelled."""
+async def _after_shutdown(runtime: DistributedRuntime) -> None:
+    """Returns when the worker function should have returned."""
     await runtime.wait_drained()
     await asyncio.sleep(RETURN_S)
-    work.cancel()
 
 
 def handle_signals(runtime: DistributedRuntime) -> None:
     """SIGTERM, SIGINT: shut down in order; the second time end the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread gets signals; whoever runs us in another one calls runtime.shutdown()
     loop = asyncio.get_running_loop()
 
     def on_signal(number: signal.Signals) -> None:
