@@ -23,12 +23,12 @@ from dynamo.mocker.timing import StepTiming
 from dynamo.runtime.errors import InvalidArgument
 
 _LPM_QUEUE = 128  # longer queues are served in order of arrival: matching each against the cache would cost too much
-_WATERMARK = 0.01  # share of blocks kept free when admitting, so that the running can grow before anyone is pushed out
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of one rank. `reserve` says how many tokens' room a sequence must find to be admitted."""
+    """Limits of one rank. `reserve` says how many tokens' room a sequence must find to be admitted; `watermark` is
+    the share of blocks kept free then, so that the running can grow before anyone is pushed out."""
 
     num_blocks: int = 16384
     block_size: int = 64
@@ -38,6 +38,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     preemption_mode: Literal["lifo", "fifo"] = "lifo"
+    watermark: float = 0.01
     schedule_policy: Literal["fifo", "lpm"] = "fifo"
     mix_prefill_and_decode: bool = True
     reserve: Callable[[Sequence], int] = field(default=lambda seq: len(seq.tokens))
@@ -77,7 +78,7 @@ class Scheduler:
         self._timing = timing
         self._sampler = sampler
         self._by_id: dict[str, Sequence] = {}
-        self._watermark = int(_WATERMARK * config.num_blocks)
+        self._watermark = int(config.watermark * config.num_blocks)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -125,12 +126,12 @@ class Scheduler:
         if not self._by_id:
             return None
         step = Step(self.config.max_num_batched_tokens)
-        preempted = self.stats.preemptions
+        preempted = self.stats.preemptions.value
         if self.config.mix_prefill_and_decode:
             self._continue(step, self.running)
         else:
             self._continue(step, [seq for seq in self.running if seq.num_computed < len(seq.tokens) - 1])
-        if self.waiting and preempted == self.stats.preemptions:
+        if self.waiting and preempted == self.stats.preemptions.value:
             self._admit(step)
         if not self.config.mix_prefill_and_decode and not step.scheduled:
             self._continue(step, self.running)
@@ -189,7 +190,7 @@ class Scheduler:
         seq.status = Status.WAITING
         self.running.remove(seq)
         self.waiting.appendleft(seq)
-        self.stats.preemptions += 1
+        self.stats.preemptions.value += 1
 
     def _admit(self, step: Step) -> None:
         """Start waiting sequences, first come first served, while the head of the queue fits.

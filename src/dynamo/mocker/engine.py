@@ -1,0 +1,150 @@
+"""How does the simulated engine run in real time?
+
+One scheduler a data-parallel rank, each stepping on the event loop: plan a step, let its time pass, complete it.
+With no time to pass (`speedup_ratio` 0) a step is one turn of the loop, so that sockets are served between steps.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dynamo.engine.contract import EngineCallbacks, EngineConfig
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.mocker.sampler import Sampler
+from dynamo.mocker.scheduler import Scheduler, SchedulerConfig, Step
+from dynamo.mocker.timing import StepTiming
+from dynamo.runtime.errors import EngineShutdown, InvalidArgument
+
+LOAD_INTERVAL_S = 0.02  # between two reports of the load while it changes at every step
+HELD_S = 0.001  # until an instant engine looks again whether its callers have caught up
+
+
+@dataclass(frozen=True, slots=True)
+class MockerConfig:
+    """One simulated worker. `startup_time_s` is how long it pretends to load weights."""
+
+    model: str
+    served_model_name: str
+    scheduler: SchedulerConfig
+    timing: StepTiming
+    data_parallel_size: int = 1
+    startup_time_s: float = 0.0
+
+
+class _Rank:
+    """A scheduler and its place on the event loop."""
+
+    def __init__(self, engine: "MockerEngine", dp_rank: int, scheduler: Scheduler) -> None:
+        self.dp_rank = dp_rank
+        self.scheduler = scheduler
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._step: Step | None = None
+        self._handle: asyncio.Handle | None = None
+        self._load_at = 0.0
+
+    def wake(self) -> None:
+        """There is something to do: step if none is under way."""
+        if self._handle is None:
+            self._handle = self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Complete the step whose time has passed, and begin the next."""
+        engine, scheduler, now = self._engine, self.scheduler, self._loop.time()
+        if engine.instant and engine.held():
+            self._handle = self._loop.call_later(HELD_S, self._turn)
+            return
+        if self._step is not None:
+            outputs = scheduler.complete(self._step, now)
+            if outputs:
+                engine.callbacks.on_outputs(outputs)
+        self._step = scheduler.schedule(now)
+        events = scheduler.take_kv_events()
+        if events:
+            engine.callbacks.on_kv_events(events, self.dp_rank)
+        if self._step is None:
+            self._handle = None
+            self.report_load(now)
+            return
+        if now >= self._load_at:
+            self.report_load(now)
+        duration = self._step.duration_s
+        if duration:
+            self._handle = self._loop.call_at(now + duration, self._turn)
+        else:
+            self._handle = self._loop.call_soon(self._turn)
+
+    def report_load(self, now: float) -> None:
+        """Say how busy this rank is."""
+        self._load_at = now + LOAD_INTERVAL_S
+        self._engine.callbacks.on_load(self.scheduler.load(self.dp_rank))
+
+    def stop(self) -> None:
+        """Take no more turns."""
+        if self._handle is not None:
+            self._handle.cancel()
+
+
+class MockerEngine:
+    """An `LLMEngine` without a model. `held` says whether callers are behind: an instant engine then waits for them,
+    as it would fill their sockets faster than any real one could."""
+
+    def __init__(self, config: MockerConfig, sampler: Sampler, held: Callable[[], bool] = lambda: False) -> None:
+        self.config = config
+        self.instant = config.timing.instant
+        self.held = held
+        self.callbacks: EngineCallbacks
+        self.schedulers = [
+            Scheduler(config.scheduler, config.timing, sampler) for _ in range(config.data_parallel_size)
+        ]
+        self._ranks: list[_Rank] = []
+
+    async def start(self, callbacks: EngineCallbacks) -> EngineConfig:
+        """See `LLMEngine.start`."""
+        await asyncio.sleep(self.config.startup_time_s)
+        self.callbacks = callbacks
+        self._ranks = [_Rank(self, rank, scheduler) for rank, scheduler in enumerate(self.schedulers)]
+        limits = self.config.scheduler
+        return EngineConfig(
+            model=self.config.model,
+            served_model_name=self.config.served_model_name,
+            context_length=limits.context_length,
+            kv_cache_block_size=limits.block_size,
+            total_kv_blocks=limits.num_blocks,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            data_parallel_size=self.config.data_parallel_size,
+            runtime_data={"engine": "mocker"},
+        )
+
+    def submit(self, request_id: str, request: PreprocessedRequest) -> None:
+        """See `LLMEngine.submit`. The rank is the one that routing names, else the one with the fewest requests."""
+        if not self._ranks:
+            raise EngineShutdown("the engine is not running")
+        asked = request.routing.dp_rank if request.routing else None
+        if asked is None:
+            rank = min(self._ranks, key=lambda rank: len(rank.scheduler))
+        elif 0 <= asked < len(self._ranks):
+            rank = self._ranks[asked]
+        else:
+            raise InvalidArgument(f"dp_rank: {asked} is not one of this worker's {len(self._ranks)} ranks", "dp_rank")
+        rank.scheduler.add(request_id, request, asyncio.get_running_loop().time())
+        rank.wake()
+
+    def abort(self, request_id: str) -> None:
+        """See `LLMEngine.abort`."""
+        for rank in self._ranks:
+            if rank.scheduler.abort(request_id):
+                rank.wake()
+                return
+
+    async def check_health(self) -> None:
+        """Raises EngineShutdown once stopped."""
+        if not self._ranks:
+            raise EngineShutdown("the engine is not running")
+
+    async def stop(self) -> None:
+        """See `LLMEngine.stop`."""
+        for rank in self._ranks:
+            rank.stop()
+        self._ranks = []

@@ -1,0 +1,83 @@
+"""How do simulated workers run as a program? `python -m dynamo.mocker --model-path DIR`."""
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from dynamo.engine.program import model_directory, run_program, say_ready
+from dynamo.engine.serving import EngineWorker, ServeOptions
+from dynamo.engine.worker_args import dump_config
+from dynamo.llm.model_directory import architectural_context_length
+from dynamo.mocker import stats
+from dynamo.mocker.args import MockerOptions, parse_args
+from dynamo.mocker.engine import MockerConfig, MockerEngine
+from dynamo.mocker.sampler import Sampler
+from dynamo.mocker.vocabulary import sayable_tokens
+from dynamo.runtime import DistributedRuntime
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until a signal. Returns the exit status."""
+    options = parse_args(argv)
+    return run_program("mocker", options.worker, lambda runtime: serve(runtime, options))
+
+
+async def serve(runtime: DistributedRuntime, options: MockerOptions) -> int:
+    """Serve all workers of this process until the runtime has shut down. Returns the exit status.
+
+    Raises:
+        ValueError: the model directory is no good, or limits do not fit together; names the flag.
+    """
+    directory = await model_directory("--model-path", options.model_path)
+    name = options.model_name or Path(options.model_path).name
+    config = MockerConfig(
+        model=str(directory),
+        served_model_name=name,
+        scheduler=options.scheduler(architectural_context_length(directory)),
+        timing=options.timing,
+        data_parallel_size=options.data_parallel_size,
+        startup_time_s=options.startup_time,
+    )
+    dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))
+    sampler = Sampler(await asyncio.to_thread(sayable_tokens, directory), options.reasoning)
+    ids = [runtime.instance_id, *(secrets.randbelow((1 << 63) - 1) + 1 for _ in range(options.num_workers - 1))]
+    workers = [_worker(runtime, options, config, sampler, directory, id_) for id_ in ids]
+    starts = [_start_after(i * stagger_s(options), worker) for i, worker in enumerate(workers)]
+    started = await asyncio.gather(*starts)
+    if all(started):
+        say_ready("mocker", name, options.worker, len(workers))
+    running = (worker.run() for worker, is_up in zip(workers, started, strict=True) if is_up)
+    return max(await asyncio.gather(*running), default=0)
+
+
+def _worker(
+    runtime: DistributedRuntime,
+    options: MockerOptions,
+    config: MockerConfig,
+    sampler: Sampler,
+    directory: Path,
+    instance_id: int,
+) -> EngineWorker:
+    engine = MockerEngine(config, sampler)
+    worker = EngineWorker(runtime, engine, ServeOptions(directory, options.worker, instance_id))
+    engine.held = worker.callers_are_behind
+    for rank, scheduler in enumerate(engine.schedulers):
+        stats.publish(scheduler, runtime.metrics, config.served_model_name, rank, instance_id)
+    return worker
+
+
+async def _start_after(delay_s: float, worker: EngineWorker) -> bool:
+    await asyncio.sleep(delay_s)
+    return await worker.start()
+
+
+def stagger_s(options: MockerOptions) -> float:
+    """Seconds between two workers' starts. Few start at once; many would flood discovery and its readers."""
+    if options.stagger_delay >= 0:
+        return options.stagger_delay
+    if options.num_workers <= 32:
+        return 0.0
+    return 0.1 if options.num_workers <= 128 else 0.2
