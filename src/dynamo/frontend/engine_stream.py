@@ -34,8 +34,8 @@ class Workers(Protocol):
     def choose(self, request: PreprocessedRequest) -> int:
         """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
 
-    def start(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
-        """Send it. Errors go to the sink, or are raised before anything was sent."""
+    def start_request(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
+        """Send it; errors go to the sink."""
 
 
 class _Choice:
@@ -103,7 +103,7 @@ class EngineStream:
         self.dispatched_at = now = perf_counter()
         metrics.route_seconds.observe(now - start)
         self._answer.dispatched_at = self._answer.active_at = now
-        self._workers.start(self.instance_id, self._request, self, self.context)
+        self._workers.start_request(self.instance_id, self._request, self, self.context)
 
     def cancel(self) -> None:
         """Nobody wants the rest: the worker frees what it holds within a step."""

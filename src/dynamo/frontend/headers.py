@@ -8,6 +8,8 @@ import re
 import uuid
 from collections.abc import Iterable, Mapping
 
+import msgspec
+
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import InvalidArgument
@@ -88,8 +90,8 @@ def make_context(found: Mapping[str, str], metadata_header: str | None = None) -
     return context
 
 
-def apply_pins(found: Mapping[str, str], request: PreprocessedRequest) -> None:
-    """Let the headers say where a request goes, how urgent it is and whose cache it may use.
+def routing_pins(found: Mapping[str, str]) -> Routing | None:
+    """Where the headers send a request, how urgent they call it, and whose cache it may use; None if they say nothing.
 
     Raises:
         InvalidArgument: a header's value is not a number in range; `param` is the header's name.
@@ -102,23 +104,28 @@ def apply_pins(found: Mapping[str, str], request: PreprocessedRequest) -> None:
                 break
     if tenant := found.get(_TENANT):
         values["cache_salt"] = tenant
-    if values:
-        routing = request.routing = request.routing or Routing()
-        for field, value in values.items():
-            setattr(routing, field, value)
-    if agent := _agent_context(found):
-        request.agent_context = {**(request.agent_context or {}), **agent}
+    return msgspec.convert(values, Routing) if values else None
 
 
-def _agent_context(found: Mapping[str, str]) -> dict[str, str]:
-    """Which session of which agent the request belongs to, from the first header of each kind that is there."""
+def apply_pins(pins: Routing, request: PreprocessedRequest) -> None:
+    """Put what the headers say of the routing over what the body says."""
+    routing = request.routing = request.routing or Routing()
+    for name in pins.__struct_fields__:
+        if (value := getattr(pins, name)) is not None:
+            setattr(routing, name, value)
+    if pins.priority is not None:
+        routing.priority_jump = float(pins.priority)  # what a router's queue orders by
+
+
+def agent_context(found: Mapping[str, str]) -> dict[str, str] | None:
+    """Which session of which agent the request belongs to, from the first header of each kind that is there [N11]."""
     context = {}
     for field, names in _AGENT:
         for name in names:
             if value := found.get(name):
                 context[field] = value
                 break
-    return context
+    return context or None
 
 
 def _whole(name: str, text: str, least: int, greatest: int) -> int:

@@ -103,6 +103,12 @@ class FrontendMetrics:
             for family in (self.worker_ttft, self.worker_isl, self.worker_itl):
                 family.drop(pairs)
 
+    def model_gone(self, name: str) -> None:
+        """The last worker of a model left: it is not ready, and nothing is known of it."""
+        self.model_ready.labels(name).value = 0
+        for family in self.model_facts.values():
+            family.drop((("model", name),))
+
     def render(self) -> bytes:
         """Everything that this process counts, as Prometheus text."""
         return self._registry.render()

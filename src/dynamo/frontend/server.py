@@ -35,13 +35,17 @@ class ConnectionListener(Protocol):
 
 
 class HttpConnection(web.RequestHandler):
-    """One client connection. `listener` is the answer being written, if any; `writing_paused` says it is slow."""
+    """One client connection. `listener` is the answer being written, if any; `writing_paused` says it is slow.
 
-    __slots__ = ("listener",)
+    `request_id` is the id of the request being handled, once it is known.
+    """
+
+    __slots__ = ("listener", "request_id")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.listener: ConnectionListener | None = None
+        self.request_id: str | None = None
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -1,0 +1,144 @@
+"""Which handler answers which path, and what does a client see when it fails?"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import cast
+from urllib.parse import unquote
+
+from aiohttp import web
+
+from dynamo.frontend import headers
+from dynamo.frontend.args import Limits
+from dynamo.frontend.errors import RequestRefused, error_answer
+from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.frontend.routes_models import ModelRoutes
+from dynamo.frontend.routes_openai import OpenAIRoutes
+from dynamo.frontend.routes_system import SystemRoutes
+from dynamo.frontend.server import HttpConnection, Sent, answer
+from dynamo.runtime.errors import DynamoException
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[web.BaseRequest], Awaitable[Sent]]
+
+
+def paths(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The path of each route, as `DYN_HTTP_SVC_*_PATH` says [A24]. Raises ValueError naming the variable."""
+    found = {}
+    for name, default in (
+        ("CHAT", "/v1/chat/completions"),
+        ("CMP", "/v1/completions"),
+        ("MODELS", "/v1/models"),
+        ("HEALTH", "/health"),
+        ("LIVE", "/live"),
+        ("METRICS", "/metrics"),
+    ):
+        variable = f"DYN_HTTP_SVC_{name}_PATH"
+        path = environ.get(variable) or default
+        if not path.startswith("/") or "?" in path or "#" in path or len(path) < 2:
+            raise ValueError(f"{variable}: {path!r} is not a path: it must begin with / and hold no ? or #")
+        found[name] = path.rstrip("/")
+    if len(set(found.values())) < len(found):
+        raise ValueError("two of DYN_HTTP_SVC_*_PATH are the same path")
+    return found
+
+
+class App:
+    """The routes of the service."""
+
+    def __init__(
+        self,
+        openai: OpenAIRoutes,
+        models: ModelRoutes,
+        system: SystemRoutes,
+        metrics: FrontendMetrics,
+        limits: Limits,
+        path_of: Mapping[str, str],
+    ) -> None:
+        self._metrics = metrics
+        self._limits = limits
+        self._models = models
+        self._system = system
+        self._model_prefix = path_of["MODELS"] + "/"
+        self._inference: dict[str, Handler] = {path_of["CHAT"]: openai.chat, path_of["CMP"]: openai.completions}
+        self._pages: dict[str, Handler] = {
+            path_of["MODELS"]: models.list_models,
+            path_of["HEALTH"]: system.health,
+            path_of["LIVE"]: system.live,
+            path_of["METRICS"]: system.metrics,
+            "/openapi.json": system.openapi,
+            "/docs": system.docs,
+        }
+
+        self.idle = asyncio.Event()
+        """Set while no request is being answered."""
+        self.idle.set()
+        self._in_flight = 0
+
+    async def __call__(self, request: web.BaseRequest) -> Sent:
+        connection = cast("HttpConnection", request.protocol)
+        connection.request_id = None
+        self._in_flight += 1
+        self.idle.clear()
+        try:
+            return await self._handler(request)(request)
+        except DynamoException as e:
+            return self._refuse(request, e)
+        except Exception as e:
+            log.exception("request %s failed", connection.request_id or request.rel_url.raw_path)
+            return self._refuse(request, e)
+        finally:
+            self._in_flight -= 1
+            if not self._in_flight:
+                self.idle.set()
+
+    def _handler(self, request: web.BaseRequest) -> Handler:
+        path = request.rel_url.raw_path
+        handler = self._inference.get(path)
+        if handler is not None:
+            if request.method != "POST":
+                raise self._wrong_method(request, "POST")
+            if self._system.draining:
+                raise RequestRefused(503, "the server is shutting down", code="server_shutting_down")
+            return handler
+        handler = self._pages.get(path) or self._model_handler(path)
+        if handler is None:
+            raise RequestRefused(404, f"Route not found: {request.method} {path[:200]}", code="route_not_found")
+        if request.method not in ("GET", "HEAD"):
+            raise self._wrong_method(request, "GET, HEAD")
+        return handler
+
+    def _model_handler(self, path: str) -> Handler | None:
+        """`/v1/models/{id}` and `/v1/models/{id}/ready`; an id may hold slashes."""
+        if not path.startswith(self._model_prefix):
+            return None
+        model = unquote(path[len(self._model_prefix) :])
+        if not model:
+            return None
+
+        async def handle(request: web.BaseRequest) -> Sent:
+            return await self._models.one(request, model)
+
+        return handle
+
+    def _wrong_method(self, request: web.BaseRequest, allow: str) -> RequestRefused:
+        return RequestRefused(
+            405, f"Method not allowed: {request.method} {request.rel_url.raw_path[:200]}; use {allow}", allow=allow
+        )
+
+    def _refuse(self, request: web.BaseRequest, error: Exception) -> Sent:
+        """The one place where an error becomes an answer."""
+        connection = cast("HttpConnection", request.protocol)
+        described = error_answer(error, self._limits.overload_status)
+        if described.error_type != "cancelled":  # the answer counted the client's leaving when it left
+            self._metrics.failure(described.failure_class, described.reason)
+        request_id = connection.request_id or headers.request_id(headers.relevant(request.headers.items()))
+        return answer(
+            request,
+            described.status,
+            described.body,
+            headers=(("x-request-id", request_id), *described.headers),
+            close=self._system.draining,
+        )

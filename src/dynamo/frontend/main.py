@@ -1,0 +1,85 @@
+"""How is the frontend started as a program, and how does it stop?"""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from dynamo.frontend.args import FrontendConfig, Limits, parse
+
+log = logging.getLogger(__name__)
+
+BIND_FAILED = 1  # exit status
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m dynamo.frontend`."""
+    from dynamo.runtime.logs import configure_logging
+
+    config = parse(argv)
+    configure_logging()
+    if config.http_workers > 1:
+        from dynamo.frontend.processes import supervise
+
+        raise SystemExit(supervise(config))
+    raise SystemExit(run(config))
+
+
+def run(config: FrontendConfig, *, reuse_port: bool = False) -> int:
+    """Serve until a signal says otherwise. Gives back the exit status."""
+    import uvloop
+
+    return uvloop.run(_serve(config, reuse_port))
+
+
+async def _serve(config: FrontendConfig, reuse_port: bool) -> int:
+    from dynamo.frontend.service import FrontendService, raise_descriptor_limit
+    from dynamo.runtime.distributed import DistributedRuntime
+
+    limits = Limits.from_env()
+    raise_descriptor_limit(limits.fd_limit_target)
+    stop = _stop_on_signals()
+    try:
+        runtime = DistributedRuntime(
+            asyncio.get_running_loop(),
+            config.discovery_backend,
+            config.request_plane,
+            event_plane=config.event_plane,
+        )
+        service = FrontendService(runtime, config, limits)
+    except ValueError as e:
+        sys.stderr.write(f"dynamo.frontend: error: {e}\n")
+        return 2
+    try:
+        await service.start(reuse_port=reuse_port)
+    except OSError as e:
+        where = f"{config.http_host}:{config.http_port}"
+        sys.stderr.write(f"dynamo.frontend: error: cannot serve on {where}: {e.strerror or e}\n")
+        await runtime.close()
+        return BIND_FAILED
+    local = config.http_host in ("127.0.0.1", "localhost", "::1")
+    note = " (this machine only; --http-host 0.0.0.0 lets others in)" if local else ""
+    log.info("listening on %s%s, router mode %s", service.url, note, config.router_mode)
+    await stop.wait()
+    await service.close()
+    await runtime.close()
+    return 0
+
+
+def _stop_on_signals() -> asyncio.Event:
+    """An event that SIGTERM or SIGINT sets; the second signal ends the process at once."""
+    stop = asyncio.Event()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log.warning("second %s: ending at once", number.name)
+            os._exit(128 + number)
+        log.info("%s: no new requests; finishing those that run", number.name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    return stop

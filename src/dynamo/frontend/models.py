@@ -1,0 +1,236 @@
+"""Which models can be asked for, and who answers for each?
+
+The registry follows the model cards in discovery: models come and go with their workers, with no restart.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dynamo.frontend.errors import model_not_found
+from dynamo.frontend.metrics import MODEL_FACTS, FrontendMetrics
+from dynamo.frontend.worker_set import SetKey, WorkerSet, set_key
+from dynamo.llm.model_card import CARD_PREFIX, CardKey, ModelDeploymentCard, ModelInput, ModelType
+from dynamo.runtime.discovery import Delete
+from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.runtime.errors import InvalidArgument, WorkerUnavailable
+from dynamo.runtime.selection import RouterMode
+
+log = logging.getLogger(__name__)
+
+
+class NamespaceFilter:
+    """Which namespaces this frontend serves [R18]: all, one, or `prefix` and `prefix-*`; the prefix wins."""
+
+    def __init__(self, namespace: str | None = None, prefix: str | None = None) -> None:
+        self._namespace = namespace
+        self._prefix = prefix
+
+    def __contains__(self, namespace: str) -> bool:
+        if self._prefix:
+            return namespace == self._prefix or namespace.startswith(f"{self._prefix}-")
+        return not self._namespace or namespace == self._namespace
+
+
+class Model:
+    """One name that requests may ask for, with every set of workers that answers to it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.created = int(time.time())
+        self.sets: dict[SetKey, WorkerSet] = {}
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest context that every set takes, in tokens."""
+        return min((s.card.context_length for s in self.sets.values() if s.card.context_length), default=None)
+
+    def ready_sets(self, kind: ModelType) -> list[WorkerSet]:
+        """The sets that can answer this kind of request now."""
+        return [s for s in self.sets.values() if s.serves and kind & s.card.types and s.ready and self._needs_met(s)]
+
+    @property
+    def ready(self) -> bool:
+        """Whether any request can be answered."""
+        return bool(self.ready_sets(ModelType.Chat | ModelType.Completions))
+
+    def _present(self, namespace: str) -> set[str]:
+        """The kinds of workers that are there in a namespace."""
+        return {
+            s.card.worker_type.value for s in self.sets.values() if s.key.namespace == namespace and s.worker_count > 0
+        }
+
+    def _missing(self, worker_set: WorkerSet) -> set[str]:
+        """What the set needs and does not find: of its alternatives, the one that lacks least [R23]."""
+        present = self._present(worker_set.key.namespace)
+        lacking = [{kind.value for kind in together} - present for together in worker_set.card.needs]
+        return min(lacking, key=len, default=set())
+
+    def _needs_met(self, worker_set: WorkerSet) -> bool:
+        return not self._missing(worker_set)
+
+    def choose(self, kind: ModelType) -> WorkerSet:
+        """A set that is ready: at random, weighted by its workers [F12].
+
+        Raises:
+            RequestRefused: 404, the model answers no requests of this kind.
+            WorkerUnavailable: it does, but nobody is ready.
+        """
+        ready = self.ready_sets(kind)
+        if len(ready) == 1:
+            return ready[0]
+        if ready:
+            return random.choices(ready, [s.worker_count for s in ready])[0]
+        if not any(kind & s.card.types for s in self.sets.values()):
+            raise model_not_found(self.name)
+        raise WorkerUnavailable(f"model {self.name!r} has no worker that is ready")
+
+    def readiness(self) -> dict[str, Any]:
+        """The body of `/v1/models/{id}/ready` [A5]."""
+        namespaces: dict[str, Any] = {}
+        ready = {s.key.namespace for s in self.ready_sets(ModelType.Chat | ModelType.Completions)}
+        for worker_set in self.sets.values():
+            namespace = worker_set.key.namespace
+            entry = namespaces.setdefault(
+                namespace,
+                {"ready": namespace in ready, "worker_types": {}, "present": [], "missing_worker_types": []},
+            )
+            kind = worker_set.card.worker_type.value
+            needs = [[need.value for need in together] for together in worker_set.card.needs]
+            of_kind = entry["worker_types"].setdefault(kind, {"workers": 0, "needs": needs})
+            of_kind["workers"] += worker_set.worker_count
+            entry["present"] = sorted(self._present(namespace))
+            entry["missing_worker_types"] = sorted({*entry["missing_worker_types"], *self._missing(worker_set)})
+        return {"model": self.name, "ready": bool(ready), "namespaces": namespaces}
+
+    def describe(self) -> dict[str, Any]:
+        """One entry of `/v1/models` [A3]."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nvidia",
+            "context_window": self.context_length or 0,
+        }
+
+
+class ModelRegistry:
+    """All models, kept up to date by `follow`."""
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        metrics: FrontendMetrics,
+        namespaces: NamespaceFilter,
+        mode: RouterMode,
+        min_workers: int = 0,
+    ) -> None:
+        self._runtime = runtime
+        self._metrics = metrics
+        self._namespaces = namespaces
+        self._mode = mode
+        self._min_workers = min_workers
+        self._models: dict[str, Model] = {}
+        self._sets: dict[SetKey, WorkerSet] = {}
+        self._by_key: dict[CardKey, SetKey] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Call `callback` whenever models or their readiness may have changed."""
+        self._listeners.append(callback)
+
+    def get(self, name: str) -> Model | None:
+        """The model of this name, ready or not."""
+        return self._models.get(name)
+
+    def ready(self) -> list[Model]:
+        """The models that can answer, in order of appearance."""
+        return [model for model in self._models.values() if model.ready]
+
+    def sets(self) -> Iterator[WorkerSet]:
+        """Every set of workers."""
+        return iter(self._sets.values())
+
+    async def follow(self) -> None:
+        """Follow discovery for ever."""
+        async for change in self._runtime.discovery.watch(CARD_PREFIX):
+            try:
+                key = CardKey.parse(change.key)
+                if isinstance(change, Delete):
+                    self._delete(key)
+                elif key.namespace in self._namespaces:
+                    self._put(key, ModelDeploymentCard.from_json(change.value))
+            except InvalidArgument as e:
+                log.warning("ignoring the model card %s: %s", change.key, e)
+
+    def close(self) -> None:
+        """Stop all work on models."""
+        for worker_set in self._sets.values():
+            worker_set.close()
+
+    def _put(self, key: CardKey, card: ModelDeploymentCard) -> None:
+        if card.model_input is not ModelInput.Tokens:
+            wants = card.model_input.value
+            log.warning("model card %s: %r takes %s, this version sends tokens only", key, card.display_name, wants)
+            return
+        of = set_key(key, card)
+        before = self._by_key.get(key)
+        if before is not None and before != of:
+            self._delete(key)  # the worker now serves another model
+        self._by_key[key] = of
+        worker_set = self._sets.get(of)
+        if worker_set is None:
+            worker_set = self._add_set(of, card)
+        worker_set.put(key.instance_id, card)
+        self._sync_names(worker_set)
+        self._changed()
+
+    def _add_set(self, key: SetKey, card: ModelDeploymentCard) -> WorkerSet:
+        worker_set = WorkerSet(self._runtime, key, card, self._mode, self._min_workers, self._changed)
+        self._sets[key] = worker_set
+        log.info("model %r at %s", card.display_name, key.path)
+        worker_set.start()
+        return worker_set
+
+    def _delete(self, key: CardKey) -> None:
+        of = self._by_key.pop(key, None)
+        worker_set = self._sets.get(of) if of is not None else None
+        if of is None or worker_set is None:
+            return
+        worker_set.remove(key.instance_id)
+        self._metrics.forget_worker(key.instance_id)
+        self._sync_names(worker_set)
+        if not worker_set.workers:
+            worker_set.close()
+            del self._sets[of]
+            log.info("model %r at %s has no worker left", of.model, of.path)
+            for instance_id, card in worker_set.refused.items():  # the one that was in their way is gone
+                self._put(CardKey(of.namespace, of.component, of.endpoint, instance_id, key.lora_slug), card)
+        self._changed()
+
+    def _sync_names(self, worker_set: WorkerSet) -> None:
+        """Let the set be found by every name that one of its workers has for the model, and by no other."""
+        names = worker_set.names
+        for name in names:
+            self._models.setdefault(name, Model(name)).sets[worker_set.key] = worker_set
+        for name, model in list(self._models.items()):
+            if name not in names and model.sets.pop(worker_set.key, None) is not None and not model.sets:
+                del self._models[name]
+                self._metrics.model_gone(name)
+
+    def _changed(self) -> None:
+        for model in self._models.values():
+            self._metrics.model_ready.labels(model.name).value = int(model.ready)
+            for worker_set in model.sets.values():
+                self._note_facts(model.name, worker_set.card)
+        for listener in tuple(self._listeners):
+            listener()
+
+    def _note_facts(self, name: str, card: ModelDeploymentCard) -> None:
+        for fact in MODEL_FACTS:
+            value = getattr(card, fact, None)
+            if value is None:
+                value = getattr(card.runtime_config, fact, None)
+            self._metrics.model_facts[fact].labels(name).value = value or 0

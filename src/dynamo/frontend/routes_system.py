@@ -1,0 +1,52 @@
+"""Is the frontend alive, who is behind it, what has it counted, and what can it be asked?"""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.frontend.models import ModelRegistry
+from dynamo.frontend.server import Sent, answer
+from dynamo.runtime.metrics import CONTENT_TYPE
+
+
+class SystemRoutes:
+    """The handlers of `/health`, `/live`, `/metrics`, `/openapi.json` and `/docs` [H5]."""
+
+    def __init__(self, models: ModelRegistry, metrics: FrontendMetrics, openapi: bytes, docs: bytes) -> None:
+        self.draining = False
+        self._models = models
+        self._metrics = metrics
+        self._openapi = openapi
+        self._docs = docs
+
+    async def health(self, request: web.BaseRequest) -> Sent:
+        """GET /health: 200 also without workers, so that the frontend may start first; 503 once it is leaving."""
+        body: dict[str, Any] = {"status": "healthy"}
+        if self.draining:
+            body = {"status": "not_ready", "stage": "draining"}
+        instances = {
+            (instance.namespace, instance.component, instance.endpoint, instance.instance_id): instance
+            for worker_set in self._models.sets()
+            for instance in worker_set.instances()
+        }
+        body["endpoints"] = sorted({f"dyn://{ns}.{component}.{name}" for ns, component, name, _ in instances})
+        body["instances"] = [instances[key] for key in sorted(instances)]
+        return answer(request, 503 if self.draining else 200, msgspec.json.encode(body))
+
+    async def live(self, request: web.BaseRequest) -> Sent:
+        """GET /live: 200 as long as the process answers."""
+        return answer(request, 200, b'{"status":"live","message":"Service is live"}')
+
+    async def metrics(self, request: web.BaseRequest) -> Sent:
+        """GET /metrics."""
+        return answer(request, 200, self._metrics.render(), CONTENT_TYPE)
+
+    async def openapi(self, request: web.BaseRequest) -> Sent:
+        """GET /openapi.json."""
+        return answer(request, 200, self._openapi)
+
+    async def docs(self, request: web.BaseRequest) -> Sent:
+        """GET /docs: the same for people."""
+        return answer(request, 200, self._docs, "text/html; charset=utf-8")

@@ -1,0 +1,155 @@
+"""What does a running frontend consist of, and in which order does it begin and end?"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import ssl
+
+from dynamo.frontend import openapi
+from dynamo.frontend.app import App, paths
+from dynamo.frontend.args import FrontendConfig, Limits
+from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.frontend.models import ModelRegistry, NamespaceFilter
+from dynamo.frontend.routes_models import ModelRoutes
+from dynamo.frontend.routes_openai import OpenAIRoutes, load_template
+from dynamo.frontend.routes_system import SystemRoutes
+from dynamo.frontend.server import HttpServer
+from dynamo.frontend.watchdog import Watchdog
+from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.runtime.errors import EngineShutdown
+from dynamo.runtime.loop_monitor import LoopMonitor
+from dynamo.runtime.selection import RouterMode
+
+log = logging.getLogger(__name__)
+
+WATCH_INTERVAL_S = 1.0  # how late a silent worker or a stalled client may be noticed
+LAST_WORDS_S = 1.0  # for the errors of requests that outlived the shutdown's grace to reach their clients
+
+
+class FrontendService:
+    """Everything between the listening socket and the request plane. The runtime belongs to the caller.
+
+    Raises:
+        ValueError: a setting in the environment or the request template is wrong; names it.
+    """
+
+    def __init__(self, runtime: DistributedRuntime, config: FrontendConfig, limits: Limits) -> None:
+        self._runtime = runtime
+        self._config = config
+        self._limits = limits
+        path_of = paths()
+        defaults = load_template(config.request_template) if config.request_template else None
+        self.metrics = FrontendMetrics(runtime.metrics, config.metrics_prefix)
+        self.models = ModelRegistry(
+            runtime,
+            self.metrics,
+            NamespaceFilter(config.namespace, config.namespace_prefix),
+            RouterMode(config.router_mode),
+            config.router_min_initial_workers,
+        )
+        keep_alive_s = limits.sse_keep_alive_ms / 1e3
+        self._watchdog = Watchdog(min(WATCH_INTERVAL_S, limits.stream_timeout_s / 4, (keep_alive_s or 4) / 4))
+        document = openapi.document(path_of, limits.overload_status)
+        self._system = SystemRoutes(self.models, self.metrics, openapi.json_document(document), openapi.page(document))
+        self._app = App(
+            OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults),
+            ModelRoutes(self.models),
+            self._system,
+            self.metrics,
+            limits,
+            path_of,
+        )
+        self._monitor = LoopMonitor(runtime.metrics, config.metrics_prefix)
+        self._following: asyncio.Task[None] | None = None
+        self._http: HttpServer | None = None
+        self._listening: asyncio.Server | None = None
+
+    async def start(self, *, reuse_port: bool = False) -> None:
+        """Begin to follow discovery and to listen.
+
+        Raises:
+            OSError: the address cannot be bound, or a TLS file cannot be used (ssl.SSLError is one).
+        """
+        loop = asyncio.get_running_loop()
+        self._http = HttpServer(self._app)
+        self._listening = await loop.create_server(
+            self._http,
+            self._config.http_host,
+            self._config.http_port,
+            ssl=tls_context(self._config),
+            backlog=self._limits.listen_backlog,
+            reuse_port=reuse_port or None,
+        )
+        self._following = loop.create_task(self.models.follow(), name="model cards")
+        self._following.add_done_callback(_report_end)
+        self._monitor.start()
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on."""
+        assert self._listening is not None
+        port: int = self._listening.sockets[0].getsockname()[1]
+        return port
+
+    @property
+    def url(self) -> str:
+        """The address of the service."""
+        scheme = "https" if self._config.tls_cert_path else "http"
+        host = self._config.http_host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def drain(self) -> None:
+        """Take no new requests; `/health` says so. What runs goes on."""
+        self._system.draining = True
+        if self._http is not None:
+            self._http.pre_shutdown()
+
+    async def close(self) -> None:
+        """Drain, give what runs `DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS`, end the rest with an error, and close."""
+        self.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.graceful_shutdown_s):
+                await self._app.idle.wait()
+        for answer in self._watchdog.watched:
+            answer.fail(EngineShutdown("the frontend is shutting down"))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                await self._app.idle.wait()
+        if self._listening is not None:
+            self._listening.close()
+        if self._http is not None:
+            await self._http.shutdown(LAST_WORDS_S)
+        self._watchdog.close()
+        self._monitor.close()
+        self.models.close()
+        if self._following is not None:
+            self._following.cancel()
+            await asyncio.gather(self._following, return_exceptions=True)
+
+
+def _report_end(following: "asyncio.Task[None]") -> None:
+    """Following discovery never ends by itself; if it does, models would silently go stale."""
+    if not following.cancelled() and (error := following.exception()) is not None:
+        log.critical("models are no longer followed: %s", error, exc_info=error)
+
+
+def tls_context(config: FrontendConfig) -> ssl.SSLContext | None:
+    """The TLS settings of the command line, None for plain HTTP. Raises ssl.SSLError, OSError."""
+    if config.tls_cert_path is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(config.tls_cert_path, config.tls_key_path)
+    context.set_alpn_protocols(["http/1.1"])
+    if config.tls_client_ca_cert_path is not None:
+        context.load_verify_locations(config.tls_client_ca_cert_path)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def raise_descriptor_limit(target: int) -> None:
+    """Let the process open up to `target` files and sockets, as far as the hard limit goes [H9]."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = target if hard == resource.RLIM_INFINITY else min(target, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -1,0 +1,211 @@
+"""Which workers answer for a model the same way, and which of them gets a request?
+
+A `WorkerSet` is the workers of one endpoint that serve one model. The card of its first worker says what the set
+is; a later worker whose card has another checksum is refused, because its answers would not be the set's [R22].
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
+from dynamo.llm.model_files import fetch_files
+from dynamo.llm.preprocessor import Preprocessor
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.runtime.client import Client
+from dynamo.runtime.context import Context
+from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.runtime.errors import DynamoException, InvalidArgument, WorkerUnavailable
+from dynamo.runtime.instances import Instance
+from dynamo.runtime.selection import Chooser, RouterMode
+from dynamo.runtime.streams import StreamSink
+
+log = logging.getLogger(__name__)
+
+FIRST_RETRY_S = 0.5
+LAST_RETRY_S = 30.0  # a worker that cannot give its files now may be about to be replaced
+
+
+class SetKey(NamedTuple):
+    """What makes workers one set: where they are and what they serve."""
+
+    namespace: str
+    component: str
+    endpoint: str
+    model: str
+
+    @property
+    def path(self) -> str:
+        """The endpoint's name."""
+        return f"{self.namespace}.{self.component}.{self.endpoint}"
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """An instance to choose from, where not every instance of the endpoint may be chosen."""
+
+    instance_id: int
+    inflight: int
+    device_type: str = "cpu"
+
+
+class WorkerSet:
+    """One endpoint's workers of one model. Owned by the model registry.
+
+    `on_change` is called when the set's readiness may differ. Before it has had `min_workers` at once it is not ready.
+    """
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        key: SetKey,
+        card: ModelDeploymentCard,
+        mode: RouterMode,
+        min_workers: int,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.key = key
+        self.card = card
+        self.checksum = card.checksum
+        self.workers: dict[int, ModelDeploymentCard] = {}
+        self.refused: dict[int, ModelDeploymentCard] = {}
+        self.preprocessor: Preprocessor | None = None
+        self._runtime = runtime
+        self._mode = mode
+        self._min_workers = min_workers
+        self._on_change = on_change
+        self._client: Client | None = None
+        self._chooser = Chooser()
+        self._starting: asyncio.Task[None] | None = None
+        self._had_enough = False
+
+    # --- who belongs to it
+
+    def put(self, instance_id: int, card: ModelDeploymentCard) -> None:
+        """A worker published a card, or published it again."""
+        checksum = card.checksum
+        if checksum == self.checksum:
+            self.refused.pop(instance_id, None)
+            self.workers[instance_id] = card
+            self._had_enough = self._had_enough or len(self.workers) >= self._min_workers
+            return
+        self.workers.pop(instance_id, None)
+        known = self.refused.get(instance_id)
+        if known is None or known.checksum != checksum:
+            log.warning(
+                "worker %x of %s is refused: its card of model %r has checksum %s, the workers already there have %s",
+                instance_id,
+                self.key.path,
+                self.key.model,
+                checksum[:16],
+                self.checksum[:16],
+            )
+        self.refused[instance_id] = card
+
+    def remove(self, instance_id: int) -> None:
+        """A worker left."""
+        self.workers.pop(instance_id, None)
+        self.refused.pop(instance_id, None)
+
+    def start(self) -> None:
+        """Begin to fetch the model's files and to follow the endpoint's instances."""
+        self._starting = asyncio.get_running_loop().create_task(self._start(), name=f"model {self.key.model}")
+
+    def close(self) -> None:
+        """Stop trying."""
+        if self._starting is not None:
+            self._starting.cancel()
+
+    async def _start(self) -> None:
+        delay_s = FIRST_RETRY_S
+        while True:
+            try:
+                client = await self._runtime.endpoint(self.key.path).client(self._mode)
+                directory: Path = await fetch_files(self._runtime, self.card)
+                self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory)
+                break
+            except (DynamoException, OSError, ValueError) as e:
+                level = logging.WARNING if delay_s == FIRST_RETRY_S else logging.DEBUG
+                log.log(level, "model %r of %s is not usable yet, trying on: %s", self.key.model, self.key.path, e)
+                await asyncio.sleep(delay_s)
+                delay_s = min(2 * delay_s, LAST_RETRY_S)
+        self._client = client
+        client.on_change(self._on_change)
+        self._on_change()
+
+    @property
+    def names(self) -> set[str]:
+        """Every name that an admitted worker has for the model."""
+        return {name for card in self.workers.values() for name in card.names}
+
+    # --- whether it can answer
+
+    @property
+    def worker_count(self) -> int:
+        """Workers that are admitted and alive."""
+        if self._client is None:
+            return 0
+        return len(self.workers.keys() & set(self._client.instance_ids()))
+
+    def instances(self) -> list[Instance]:
+        """The live instances of the endpoint, as discovery has them."""
+        return self._client.instances() if self._client is not None else []
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request can be prepared and sent."""
+        return self.preprocessor is not None and self._had_enough and self.worker_count > 0
+
+    @property
+    def serves(self) -> bool:
+        """Whether requests of clients go to workers of this kind: tokens in, and not one part of the work only."""
+        kind = self.card.worker_type in (WorkerType.Aggregated, WorkerType.Decode)
+        return kind and self.card.model_input is ModelInput.Tokens
+
+    # --- sending
+
+    def choose(self, request: PreprocessedRequest) -> int:
+        """The instance for this request: the one it is pinned to, else one by the router mode.
+
+        Raises:
+            WorkerUnavailable: nobody is there, or not the one that was asked for.
+            InvalidArgument: direct mode, and the request names no instance.
+        """
+        client = self._client
+        assert client is not None
+        routing = request.routing
+        if routing is not None:
+            pin = routing.backend_instance_id if routing.backend_instance_id is not None else routing.decode_worker_id
+            if pin is not None:
+                return self._pinned(client, pin)
+        if self._mode is RouterMode.Direct:
+            raise InvalidArgument(
+                "this server routes to the worker a request names: set the header x-dynamo-worker-instance-id "
+                "or nvext.backend_instance_id",
+                "nvext.backend_instance_id",
+            )
+        instances = client.instance_ids()
+        if len(instances) == len(self.workers) and all(i in self.workers for i in instances):
+            return client.pick(self._mode)
+        candidates = [_Candidate(i, client.inflight(i)) for i in client.available_ids() if i in self.workers]
+        if not candidates:
+            raise WorkerUnavailable(f"no worker of {self.key.path} serves {self.key.model!r} now")
+        return self._chooser.choose(self._mode, candidates).instance_id
+
+    def _pinned(self, client: Client, instance_id: int) -> int:
+        if instance_id not in self.workers or instance_id not in client.instance_ids():
+            raise WorkerUnavailable(f"worker {instance_id} was asked for, but does not serve {self.key.model!r}")
+        return instance_id
+
+    def start_request(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
+        """Send it; errors go to the sink."""
+        assert self._client is not None
+        self._client.start(instance_id, request, sink, context)
+
+
+def set_key(key: CardKey, card: ModelDeploymentCard) -> SetKey:
+    """The set a card belongs to."""
+    return SetKey(key.namespace, key.component, key.endpoint, card.display_name)
