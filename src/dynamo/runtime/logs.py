@@ -55,7 +55,7 @@ class LogFilter:
 def parse_filter(text: str) -> LogFilter:
     """Read a filter such as `info`, `debug,dynamo.router=trace` or `warn,dynamo.llm=off`.
 
-    A word alone is the default level if it is a level, else a target to show completely. `::` may stand for the
+    A level alone is the default; a dotted name alone is a logger to show completely. `::` may stand for the
     dot. Raises ValueError saying what is wrong.
     """
     default = logging.INFO
@@ -67,7 +67,7 @@ def parse_filter(text: str) -> LogFilter:
         if not equals and part.lower() in LEVELS:
             default = LEVELS[part.lower()]
         elif not equals:
-            targets[_target(part)] = TRACE
+            targets[_bare_target(part)] = TRACE
         else:
             targets[_target(target)] = _level(part, level)
     return LogFilter(default, targets)
@@ -80,6 +80,13 @@ def _level(part: str, word: str) -> int:
         raise ValueError(
             f"{part!r}: unknown level {word.strip()!r}; use trace, debug, info, warn, error or off"
         ) from None
+
+
+def _bare_target(word: str) -> str:
+    """A logger's name without a level: only what cannot be a misspelt level."""
+    if "." not in word and "::" not in word and word != "dynamo":
+        raise ValueError(f"unknown level {word!r}; use trace, debug, info, warn, error or off, or write {word}=level")
+    return _target(word)
 
 
 def _target(text: str) -> str:
