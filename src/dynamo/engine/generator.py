@@ -14,7 +14,7 @@ import msgspec
 from dynamo.engine.contract import EngineCallbacks, EngineConfig
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import EngineShutdown, Unknown
+from dynamo.runtime.errors import DynamoException, EngineShutdown, Unknown
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ class GeneratorEngine:
                 self._put(request_id, EngineOutput(finish_reason="stop"))
         except msgspec.ValidationError as e:
             self._fail(request_id, Unknown(f"the engine yielded what is no output: {e}"))
+        except DynamoException as e:
+            self._fail(request_id, e)
         except Exception as e:
             log.exception("the engine failed on request %s", request_id)
             self._fail(request_id, e)
