@@ -1,7 +1,5 @@
 """How do workers that repeat the prompt run as a program? `python -m dynamo.echo --model-path DIR`."""
 
-import asyncio
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import msgspec
 
 from dynamo.echo.engine import echo_engine
 from dynamo.engine.contract import EngineConfig
-from dynamo.engine.program import model_directory, run_program, say_ready
+from dynamo.engine.program import instance_ids, model_directory, run_program, serve_workers
 from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.engine.worker_args import WorkerOptions, add_worker_options, dump_config, positive_int, worker_options
 from dynamo.llm.model_directory import architectural_context_length
@@ -85,14 +83,10 @@ async def serve(runtime: DistributedRuntime, options: EchoOptions) -> int:
         runtime_data={"engine": "echo"},
     )
     dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))
-    ids = [runtime.instance_id, *(secrets.randbelow((1 << 63) - 1) + 1 for _ in range(options.num_workers - 1))]
     workers = [
         EngineWorker(
             runtime, echo_engine(config, options.delay_ms / 1000), ServeOptions(directory, options.worker, id_)
         )
-        for id_ in ids
+        for id_ in instance_ids(runtime, options.num_workers)
     ]
-    started = await asyncio.gather(*(worker.start() for worker in workers))
-    if all(started):
-        say_ready("echo", name, options.worker, len(workers))
-    return max(await asyncio.gather(*(w.run() for w, up in zip(workers, started, strict=True) if up)), default=0)
+    return await serve_workers("echo", workers)

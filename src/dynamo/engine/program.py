@@ -1,10 +1,12 @@
 """How does an engine's program run from its first line to its exit status?"""
 
 import asyncio
+import secrets
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from dynamo.engine.serving import EngineWorker
 from dynamo.engine.worker_args import WorkerOptions
 from dynamo.llm.hub import fetch_model
 from dynamo.runtime.distributed import DistributedRuntime
@@ -47,10 +49,30 @@ async def _run(options: WorkerOptions, work: Work) -> int:
         await runtime.close()
 
 
-def say_ready(name: str, model: str, options: WorkerOptions, workers: int = 1) -> None:
+async def serve_workers(program: str, workers: Sequence[EngineWorker], stagger_s: float = 0.0) -> int:
+    """Start the workers of one process, `stagger_s` apart, say on one line that requests may come, and serve until
+    the runtime has shut down. Returns the exit status. Raises as `EngineWorker.start`."""
+
+    async def start(index: int, worker: EngineWorker) -> bool:
+        await asyncio.sleep(index * stagger_s)
+        return await worker.start()
+
+    started = await asyncio.gather(*(start(i, worker) for i, worker in enumerate(workers)))
+    running = [worker for worker, is_up in zip(workers, started, strict=True) if is_up]
+    if len(running) == len(workers):
+        say_ready(program, running[0].model_name, running[0].options.worker, len(running))
+    return max(await asyncio.gather(*(worker.run() for worker in running)), default=0)
+
+
+def say_ready(program: str, model: str, options: WorkerOptions, workers: int = 1) -> None:
     """Print the one line that says that requests may come."""
     count = "1 worker" if workers == 1 else f"{workers} workers"
-    print(f"{name} is ready: {model} by {count} at dyn://{options.endpoint}", flush=True)
+    print(f"{program} is ready: {model} by {count} at dyn://{options.endpoint}", flush=True)
+
+
+def instance_ids(runtime: DistributedRuntime, count: int) -> list[int]:
+    """Ids for the workers of one process: the first has the process's own."""
+    return [runtime.instance_id, *(secrets.randbelow((1 << 63) - 1) + 1 for _ in range(count - 1))]
 
 
 async def model_directory(flag: str, model_path: str) -> Path:

@@ -84,6 +84,11 @@ class EngineWorker:
         self._death: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def model_name(self) -> str:
+        """What requests call the model."""
+        return self.config.served_model_name or self.config.model
+
     # --- start
 
     async def start(self) -> bool:
@@ -135,24 +140,23 @@ class EngineWorker:
             self.endpoint, instance_id, config, self._gauges, waiting=lambda: self.dispatcher.num_queued
         )
         await self._reports.start()
-        name = config.served_model_name or config.model
         self._served = await self.endpoint.start_push_endpoint(
             self.dispatcher.handle,
-            metrics_labels=[("model", name)],
-            health_check_payload=worker.health_check_payload or health_check_request(name),
+            metrics_labels=[("model", self.model_name)],
+            health_check_payload=worker.health_check_payload or health_check_request(self.model_name),
             instance_id=instance_id,
         )
-        await self._register(name)
+        await self._register()
         self._tasks.append(asyncio.get_running_loop().create_task(self._watch_health()))
 
-    async def _register(self, name: str) -> None:
+    async def _register(self) -> None:
         config, worker = self.config, self.options.worker
         await register_model(
             ModelInput.Tokens,
             reduce(or_, (_MODEL_TYPES[word] for word in worker.endpoint_types)),
             self.endpoint,
-            str(self.options.model_path),
-            name,
+            self.options.model_path,
+            self.model_name,
             worker_type=WorkerType.Aggregated,
             kv_cache_block_size=config.kv_cache_block_size,
             runtime_config=ModelRuntimeConfig(

@@ -1,13 +1,12 @@
 """How do simulated workers run as a program? `python -m dynamo.mocker --model-path DIR`."""
 
 import asyncio
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from dynamo.engine.program import model_directory, run_program, say_ready
+from dynamo.engine.program import instance_ids, model_directory, run_program, serve_workers
 from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.engine.worker_args import dump_config
 from dynamo.llm.model_directory import architectural_context_length
@@ -43,14 +42,10 @@ async def serve(runtime: DistributedRuntime, options: MockerOptions) -> int:
     )
     dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))
     sampler = Sampler(await asyncio.to_thread(sayable_tokens, directory), options.reasoning)
-    ids = [runtime.instance_id, *(secrets.randbelow((1 << 63) - 1) + 1 for _ in range(options.num_workers - 1))]
-    workers = [_worker(runtime, options, config, sampler, directory, id_) for id_ in ids]
-    starts = [_start_after(i * stagger_s(options), worker) for i, worker in enumerate(workers)]
-    started = await asyncio.gather(*starts)
-    if all(started):
-        say_ready("mocker", name, options.worker, len(workers))
-    running = (worker.run() for worker, is_up in zip(workers, started, strict=True) if is_up)
-    return max(await asyncio.gather(*running), default=0)
+    workers = [
+        _worker(runtime, options, config, sampler, directory, id_) for id_ in instance_ids(runtime, options.num_workers)
+    ]
+    return await serve_workers("mocker", workers, stagger_s(options))
 
 
 def _worker(
@@ -67,11 +62,6 @@ def _worker(
     for rank, scheduler in enumerate(engine.schedulers):
         stats.publish(scheduler, runtime.metrics, config.served_model_name, rank, instance_id)
     return worker
-
-
-async def _start_after(delay_s: float, worker: EngineWorker) -> bool:
-    await asyncio.sleep(delay_s)
-    return await worker.start()
 
 
 def stagger_s(options: MockerOptions) -> float:
