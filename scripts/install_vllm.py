@@ -68,7 +68,7 @@ def check_platform():
 def what_is_missing(build):
     """Requirements that are not fulfilled, as pip would write them; empty when the engine is complete."""
     if build == "cuda":
-        return [] if version("vllm") == VLLM else [f"vllm=={VLLM}"]
+        return [] if (version("vllm") or "").split("+")[0] == VLLM else [f"vllm=={VLLM}"]
     missing = []
     if (version("torch") or "").split("+")[0] != TORCH:
         missing.append(f"torch=={TORCH}")

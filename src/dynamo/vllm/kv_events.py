@@ -1,0 +1,210 @@
+"""Which blocks did vLLM just store or drop, and what are their content hashes?
+
+vLLM publishes its cache's changes over ZMQ as `[ts, [event, …], dp_rank]` with a sequence number. An event is a map
+with the key `type` (vLLM 0.24 and later) or an array with the type first (0.20 and before); both are read. What
+routers need beside is the content hash of each block (`dynamo.llm.block_hash`), computed here from the tokens.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from zmq.asyncio import Context
+from zmq.constants import DEALER, RCVHWM, SUB, SUBSCRIBE
+
+from dynamo.llm.block_hash import compute_block_hash_for_seq
+from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, StoredBlock
+
+log = logging.getLogger(__name__)
+
+REPLAY_TIMEOUT_S = 5.0  # vLLM answers within 100 ms; later means it cannot
+_U64 = 2**64 - 1
+_END = 2**64 - 1  # the sequence number -1 that ends a replay, read unsigned
+_TIERS: dict[str, StorageTier] = {"GPU": "device", "CPU": "host_pinned", "STORAGE": "disk"}
+# Field order of the array form (vLLM 0.20 and before); later fields may be missing.
+_STORED_FIELDS = ("block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name")
+_REMOVED_FIELDS = ("block_hashes", "medium")
+_WHOLE_PREFIX_KINDS = (None, "full_attention", "mla_attention")  # other groups hold windows, not prefixes
+
+TieredEvents = list[tuple[StorageTier, KvEventData]]
+
+
+class KvEventDecoder:
+    """Decodes the batches of one rank in order.
+
+    It remembers the cache salt of stored blocks: vLLM names it on a sequence's first block alone, while the content
+    hash of every block of the sequence depends on it.
+    """
+
+    def __init__(self) -> None:
+        self._salts: dict[int, str] = {}
+        self._group: int | None = None
+
+    def decode(self, payload: bytes) -> TieredEvents:
+        """The events of one batch, each with its tier.
+
+        Raises:
+            ValueError: the payload is not a batch of KV events.
+        """
+        try:
+            batch = msgspec.msgpack.decode(payload)
+            events = batch[1]
+            decoded = [self._event(_as_map(event)) for event in events]
+        except (msgspec.DecodeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(f"not a batch of KV events: {error!r}") from error
+        return [event for event in decoded if event is not None]
+
+    def _event(self, event: dict[str, Any]) -> tuple[StorageTier, KvEventData] | None:
+        kind = event["type"]
+        tier = _TIERS.get(event.get("medium") or "GPU", "external")
+        if kind == "BlockStored":
+            if not self._of_prefix_group(event):
+                return None
+            return tier, KvEventData(stored=self._stored(event))
+        if kind == "BlockRemoved":
+            if self._group is not None and event.get("group_idx") not in (None, self._group):
+                return None
+            hashes = [_u64(h) for h in event["block_hashes"]]
+            for block_hash in hashes:
+                self._salts.pop(block_hash, None)
+            return tier, KvEventData(removed=Removed(hashes))
+        if kind == "AllBlocksCleared":
+            self._salts.clear()
+            return tier, KvEventData(cleared=True)
+        log.debug("vLLM sent a KV event of a kind this version does not know: %s", kind)
+        return None
+
+    def _of_prefix_group(self, event: dict[str, Any]) -> bool:
+        """Hybrid models report each group of layers; the first that keeps whole prefixes stands for the block."""
+        if event.get("kv_cache_spec_kind") not in _WHOLE_PREFIX_KINDS:
+            return False
+        group = event.get("group_idx")
+        if self._group is None:
+            self._group = group
+        return group in (None, self._group)
+
+    def _stored(self, event: dict[str, Any]) -> Stored:
+        hashes = [_u64(h) for h in event["block_hashes"]]
+        parent = _u64(event["parent_block_hash"]) if event.get("parent_block_hash") is not None else None
+        salt = self._salts.get(parent) if parent is not None else _salt(event)
+        tokens_hashes = compute_block_hash_for_seq(
+            event["token_ids"], event["block_size"], lora_name=event.get("lora_name"), cache_namespace=salt
+        )
+        if salt is not None:
+            self._salts.update((block_hash, salt) for block_hash in hashes)
+        return Stored(
+            blocks=[StoredBlock(b, t) for b, t in zip(hashes, tokens_hashes, strict=True)],
+            parent_hash=parent,
+            start_position=0 if parent is None else None,
+        )
+
+
+def _as_map(event: Any) -> dict[str, Any]:
+    if isinstance(event, dict):
+        return event
+    kind, *values = event
+    fields = _STORED_FIELDS if kind == "BlockStored" else _REMOVED_FIELDS
+    return {"type": kind, **dict(zip(fields, values, strict=False))}
+
+
+def _u64(block_hash: int | bytes) -> int:
+    """vLLM names a block by 64 bits (signed in SGLang), or by the 32 bytes whose last eight they are."""
+    if isinstance(block_hash, bytes):
+        return int.from_bytes(block_hash[-8:], "big")
+    return block_hash & _U64
+
+
+def _salt(event: dict[str, Any]) -> str | None:
+    """The cache salt of a sequence's first block: the string among its extra keys that is not the LoRA's name."""
+    extra = (event.get("extra_keys") or [None])[0] or ()
+    words = [key for key in extra if isinstance(key, str)]
+    if event.get("lora_name") and words and words[0] == event["lora_name"]:
+        words = words[1:]
+    return words[0] if words else None
+
+
+class KvEventRelay:
+    """Reads one rank's events and hands them on in order, asking for what was missed.
+
+    Subscribe before the engine starts, or the first batches may pass unseen (they are asked for again then).
+    """
+
+    def __init__(
+        self, endpoint: str, replay_endpoint: str | None, topic: str, report: Callable[[TieredEvents], None]
+    ) -> None:
+        """`report` is called on the event loop with the events of one batch."""
+        self._decoder = KvEventDecoder()
+        self._report = report
+        self._context = Context()
+        self._socket = self._context.socket(SUB)
+        self._socket.setsockopt(RCVHWM, 0)  # a burst of evictions must not be dropped; the loop drains at once
+        self._socket.setsockopt_string(SUBSCRIBE, topic)
+        self._socket.connect(endpoint)
+        self._replay_endpoint = replay_endpoint
+        self._next = 0
+        self._task = asyncio.create_task(self._run(), name="vllm-kv-events")
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._socket.close(linger=0)
+        self._context.term()
+
+    async def _run(self) -> None:
+        while True:
+            frames = await self._socket.recv_multipart()
+            if len(frames) != 3 or len(frames[1]) != 8:
+                log.warning("ignoring a message of %d frames on vLLM's KV event socket", len(frames))
+                continue
+            seq = int.from_bytes(frames[1], "big")
+            if seq > self._next:
+                await self._recover(seq)
+            if seq < self._next:
+                continue  # the replay brought it already
+            self._next = seq + 1
+            self._hand_on(frames[2])
+
+    def _hand_on(self, payload: bytes) -> None:
+        try:
+            self._report(self._decoder.decode(payload))
+        except ValueError:
+            log.exception("ignoring a batch of KV events that cannot be read")
+
+    async def _recover(self, until: int) -> None:
+        missed = f"KV event batches {self._next} to {until - 1}"
+        try:
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                async for seq, payload in self._replay(self._next):
+                    if seq != self._next:
+                        break  # the buffer no longer reaches back far enough
+                    self._next += 1
+                    self._hand_on(payload)
+        except TimeoutError:
+            log.warning("vLLM did not replay %s within %.0f s", missed, REPLAY_TIMEOUT_S)
+        if self._next < until:
+            # What was stored or dropped in the gap is unknown. An empty index costs hits, a wrong one costs more.
+            log.warning("%s are lost; the routers' view of this worker's cache starts anew", missed)
+            self._report([("device", KvEventData(cleared=True))])
+        else:
+            log.info("recovered %s", missed)
+
+    async def _replay(self, start: int) -> AsyncIterator[tuple[int, bytes]]:
+        if self._replay_endpoint is None:
+            return
+        socket = self._context.socket(DEALER)
+        try:
+            socket.setsockopt(RCVHWM, 0)
+            socket.connect(self._replay_endpoint)
+            await socket.send_multipart([b"", start.to_bytes(8, "big")])
+            while True:
+                *_, raw_seq, payload = await socket.recv_multipart()
+                seq = int.from_bytes(raw_seq, "big")
+                if seq == _END:
+                    return
+                yield seq, payload
+        finally:
+            socket.close(linger=0)

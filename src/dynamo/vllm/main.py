@@ -1,0 +1,119 @@
+"""How does a vLLM worker run as a program? `python -m dynamo.vllm --model DIR_OR_HUB_ID`."""
+
+import dataclasses
+import gc
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from functools import reduce
+from operator import or_
+from pathlib import Path
+
+import msgspec
+
+from dynamo.engine.program import run_program
+from dynamo.engine.serving import EngineWorker, ServeOptions
+from dynamo.engine.worker_args import WorkerOptions, dump_config
+from dynamo.llm.hub import fetch_model
+from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType
+from dynamo.llm.registration import register_model
+from dynamo.runtime import DistributedRuntime
+from dynamo.runtime.errors import DynamoException
+from dynamo.vllm import args
+from dynamo.vllm.args import PROG, VllmOptions
+from dynamo.vllm.vllm_metrics import prometheus_text
+
+log = logging.getLogger(__name__)
+
+_TYPES = {"chat": ModelType.Chat, "completions": ModelType.Completions}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run until a signal. Returns the exit status."""
+    words = args.parse_ours(sys.argv[1:] if argv is None else argv)
+    args.before_vllm(words)
+    try:
+        options = args.engine_options(words)
+        worker = args.shared_options(words)
+        return run_program(PROG, worker, lambda runtime: serve(runtime, worker, options))
+    except KeyboardInterrupt:  # while vLLM was being imported: there is nothing to end yet
+        return 130
+
+
+async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, options: VllmOptions) -> int:
+    """Serve one engine until the runtime has shut down. Returns the exit status.
+
+    Raises:
+        ValueError: the model or an option is no good; names the flag.
+        DynamoException: discovery or the request plane cannot be used.
+    """
+    try:
+        directory = Path(os.path.abspath(await fetch_model(options.engine_args.model)))  # noqa: ASYNC240
+    except DynamoException as e:
+        raise ValueError(f"--model: {e}") from None
+    args.settle(options, directory)
+    dump_config(worker_options.dump_config_to, _in_effect(worker_options, options))
+    from dynamo.vllm.engine import VllmEngine
+
+    engine = VllmEngine(options)
+    worker = EngineWorker(runtime, engine, ServeOptions(directory, worker_options))
+    log.info("loading %s; this takes half a minute or more", directory)
+    try:
+        if not await worker.start():
+            return 0
+    except (RuntimeError, ValueError) as e:
+        if isinstance(e, DynamoException) or _is_ours(e):
+            raise
+        raise ValueError(f"vLLM could not start with this model and these flags: {_last_line(e)}") from e
+    for name in engine.lora_names:
+        await _register_adapter(worker, worker_options, directory, name)
+    for route, callback in engine.controls().items():
+        runtime.register_engine_route(route, callback)
+    runtime.metrics.add_text_source(
+        prometheus_text, [("model", options.served_model_names[0]), ("dynamo_endpoint", worker_options.endpoint)]
+    )
+    # vLLM and torch leave a million objects that live as long as the process; a full collection over them stops
+    # every stream for 0.4 s.
+    gc.collect()
+    gc.freeze()
+    print(f"vllm is ready: {options.served_model_names[0]} by 1 worker at {worker.endpoint.address.url}", flush=True)
+    return await worker.run()
+
+
+async def _register_adapter(worker: EngineWorker, worker_options: WorkerOptions, directory: Path, name: str) -> None:
+    config = worker.config
+    await register_model(
+        ModelInput.Tokens,
+        reduce(or_, (_TYPES[word] for word in worker_options.endpoint_types)),
+        worker.endpoint,
+        str(directory),
+        config.served_model_name or config.model,
+        kv_cache_block_size=config.kv_cache_block_size,
+        runtime_config=ModelRuntimeConfig(
+            context_length=config.context_length,
+            total_kv_blocks=config.total_kv_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            runtime_data=config.runtime_data,
+        ),
+        custom_template_path=worker_options.custom_jinja_template,
+        lora_name=name,
+        base_model_path=str(directory),
+    )
+
+
+def _in_effect(worker: WorkerOptions, options: VllmOptions) -> dict[str, object]:
+    engine = {f.name: getattr(options.engine_args, f.name) for f in dataclasses.fields(options.engine_args)}
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("VLLM_", "OMP_"))}
+    return {"worker": msgspec.to_builtins(worker), "engine": engine, "environment": environment}
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the message says already which flag or variable is wrong."""
+    return str(error).startswith(("--", "DYN_"))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
