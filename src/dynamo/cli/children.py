@@ -58,6 +58,7 @@ class Children:
         self.show = show
         self._out = out or sys.stderr
         self._children: list[_Child] = []
+        self._name_width = 0
         self._stopping = False
         self._died: ChildDied | None = None
         self._lock = threading.Lock()
@@ -82,6 +83,7 @@ class Children:
         )
         child = _Child(spec, process, COLORS[len(self._children) % len(COLORS)])
         self._children.append(child)
+        self._name_width = max(self._name_width, len(spec.name))
         reader = threading.Thread(target=self._read, args=(child,), name=f"log-{spec.name}", daemon=True)
         reader.start()
         threading.Thread(target=self._watch, args=(child, reader), name=f"wait-{spec.name}", daemon=True).start()
@@ -156,8 +158,7 @@ class Children:
             call()
 
     def _print(self, child: _Child, line: str) -> None:
-        width = max(len(c.spec.name) for c in self._children)
-        prefix = f"{child.spec.name:<{width}} │ "
+        prefix = f"{child.spec.name:<{self._name_width}} │ "
         if self._out.isatty():
             prefix = f"\x1b[{child.color}m{prefix}\x1b[0m"
         with contextlib.suppress(OSError, ValueError):  # our own terminal is gone: nobody to tell

@@ -24,6 +24,7 @@ from dynamo.cli.demo_model import make_demo_model
 from dynamo.cli.order import Order, parse
 from dynamo.cli.ready import NotReady, wait_until_ready
 
+SAID_TOKENS = 48  # of the answer to --say: enough to see that it answers
 DEMO_MAX_TOKENS = 128  # the demo model hardly ever ends an answer by itself
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -162,7 +163,7 @@ def _serve(client: ChatClient, request: plan.Request, say: str | None, fields: d
     print(f"    -d '{json.dumps(body | {'stream': True})}'")
     if say:
         print(f"\nyou ▸ {say}")
-        _answer(client, say, {"max_tokens": 64} | fields)
+        _answer(client, say, fields | {"max_tokens": min(SAID_TOKENS, fields.get("max_tokens", SAID_TOKENS))})
     print("\nCtrl-C stops everything.", flush=True)
 
 
