@@ -128,8 +128,8 @@ def bind(trace_id: str = "", span_id: str = "", x_request_id: str = "") -> Itera
 _STANDARD: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName", "color_message"}
 
 
-def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """What the call gave in `extra=`, before the ids of the request."""
+def extra_of(record: logging.LogRecord) -> dict[str, Any]:
+    """What the call gave in `extra=`, without what every record has."""
     return {k: v for k, v in record.__dict__.items() if k not in _STANDARD}
 
 
@@ -161,7 +161,7 @@ class JsonLines(logging.Formatter):
             "target": record.name,
             "message": record.getMessage(),
             **_ids(record),
-            **_extra(record),
+            **extra_of(record),
         }
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
@@ -190,7 +190,7 @@ class Readable(logging.Formatter):
             stamp, target = f"\x1b[2m{stamp}\x1b[0m", f"\x1b[2m{target}\x1b[0m"
             level = f"\x1b[{_COLOURS.get(min(record.levelno, logging.ERROR), '32')}m{level}\x1b[0m"
         line = f"{stamp} {level} {target} {record.getMessage()}"
-        for key, value in (_ids(record) | _extra(record)).items():
+        for key, value in (_ids(record) | extra_of(record)).items():
             line += f" {key}={value}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)

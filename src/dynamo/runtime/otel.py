@@ -11,16 +11,17 @@ from urllib.parse import urlsplit
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
+from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk._logs import LoggerProvider, LoggingHandler
+from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import BatchLogRecordProcessor
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import IdGenerator
 
-from dynamo.runtime.logs import current_request
+from dynamo.runtime.logs import current_request, extra_of, level_name
 from dynamo.runtime.tracing import AttributeValue, SpanProxy, TraceContext, check_status
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,8 @@ DEFAULT_ENDPOINT = "http://localhost:4318"  # where a collector listens for OTLP
 GRPC_PORT = 4317  # where collectors take gRPC, which is not spoken here
 EXPORT_TIMEOUT_S = 10  # per attempt to reach the collector; OpenTelemetry's own default
 
+_PLAIN = (str, bool, int, float)
+_formatter = logging.Formatter()
 _STATUS = {"ok": trace.StatusCode.OK, "error": trace.StatusCode.ERROR, "unset": trace.StatusCode.UNSET}
 
 
@@ -54,7 +57,7 @@ class OtelRecorder:
             self._logs = LoggerProvider(resource=resource)
             log_exporter = OTLPLogExporter(endpoint=_endpoint(environ, "LOGS"), timeout=EXPORT_TIMEOUT_S)
             self._logs.add_log_record_processor(BatchLogRecordProcessor(log_exporter))
-            self._handler = _LogHandler(logger_provider=self._logs)
+            self._handler = _LogHandler(self._logs)
             logging.getLogger().addHandler(self._handler)
 
     def start_span(
@@ -124,19 +127,43 @@ class _Ids(IdGenerator):
         return self._random.getrandbits(128) or 1
 
 
-class _LogHandler(LoggingHandler):
+_SEVERITIES = (
+    (logging.ERROR, SeverityNumber.ERROR),
+    (logging.WARNING, SeverityNumber.WARN),
+    (logging.INFO, SeverityNumber.INFO),
+    (logging.DEBUG, SeverityNumber.DEBUG),
+    (0, SeverityNumber.TRACE),
+)
+
+
+class _LogHandler(logging.Handler):
     """Sends log lines in the trace of the request they are about."""
 
+    def __init__(self, provider: LoggerProvider) -> None:
+        super().__init__()
+        self._provider = provider
+
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name.startswith("opentelemetry"):
+            return  # what the exporter says about not reaching the collector must not be sent there
         ids = current_request.get()
-        if not (ids.trace_id and ids.span_id):
-            super().emit(record)
-            return
-        token = otel_context.attach(_context(TraceContext(ids.trace_id, ids.span_id)))
-        try:
-            super().emit(record)
-        finally:
-            otel_context.detach(token)
+        attributes = {
+            key: value if isinstance(value, _PLAIN) else str(value) for key, value in extra_of(record).items()
+        }
+        if ids.x_request_id:
+            attributes.setdefault("x_request_id", ids.x_request_id)
+        if record.exc_info:
+            attributes["exception.stacktrace"] = _formatter.formatException(record.exc_info)
+        self._provider.get_logger(record.name).emit(
+            LogRecord(
+                timestamp=int(record.created * 1e9),
+                context=_context(TraceContext(ids.trace_id, ids.span_id)) if ids.trace_id and ids.span_id else None,
+                severity_text=level_name(record.levelno),
+                severity_number=next(number for level, number in _SEVERITIES if record.levelno >= level),
+                body=record.getMessage(),
+                attributes=attributes,
+            )
+        )
 
 
 def _context(place: TraceContext) -> otel_context.Context:
