@@ -87,11 +87,11 @@ def build_card(
     architectural = None
     if not skip_assets:
         paths = model_files(directory, custom_template)
-        if model_input is ModelInput.Tokens:
-            _require(directory, paths)
         for path in paths.values():
             if path.suffix == ".json":
                 read_json_object(path)
+        if model_input is ModelInput.Tokens:
+            _require(directory, paths)
         files = [card_file(known_as, path) for known_as, path in paths.items()]
         architectural = architectural_context_length(directory)
     limits = [limit for limit in (config.context_length, architectural) if limit is not None]

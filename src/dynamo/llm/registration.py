@@ -5,6 +5,7 @@ runtime (`dynamo.llm.model_files`), so that frontends need no shared disk.
 """
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -43,7 +44,7 @@ _LATER_CONFIG = (
 
 class _Published(NamedTuple):
     card: ModelDeploymentCard
-    files: list[tuple[str, Path]]  # (checksum, path)
+    paths: dict[str, Path]  # by the file's name in the card; empty if the files are not served
 
 
 class _Registry:
@@ -57,10 +58,10 @@ class _Registry:
     async def serve_files(self, runtime: DistributedRuntime, namespace: str, component: str) -> None:
         """Serve the files of all cards of a component; stop when there are none."""
         files = [
-            file
+            (file.checksum, published.paths[file.name])
             for key, published in self.cards.items()
-            if (key.namespace, key.component) == (namespace, component)
-            for file in published.files
+            if (key.namespace, key.component) == (namespace, component) and published.paths
+            for file in published.card.files
         ]
         running = self._servers.get((namespace, component))
         if running is None and files:
@@ -74,6 +75,19 @@ class _Registry:
             if not files:
                 del self._servers[namespace, component]
                 await running[1].stop()
+
+    async def metadata_file(self, name: str) -> bytes | None:
+        """What the system server answers at `/v1/metadata/{name}`; see `metadata_name` [R21]."""
+        for key, published in self.cards.items():
+            for file, path in published.paths.items():
+                if metadata_name(key, published.card, file) == name:
+                    return await asyncio.to_thread(path.read_bytes)
+        return None
+
+
+def metadata_name(key: CardKey, card: ModelDeploymentCard, file: str) -> str:
+    """The path of a card's file below `/v1/metadata/`."""
+    return f"{key.namespace}/{key.component}/{key.endpoint}/{card.slug}/_base/{file}"
 
 
 _registries: WeakKeyDictionary[DistributedRuntime, _Registry] = WeakKeyDictionary()
@@ -131,7 +145,7 @@ async def register_model(
     )
     types = ModelType.parse(model_type) if isinstance(model_type, str) else model_type
     _check_kind(model_input, types, runtime_config)
-    reference = str(base_model_path or model_path) if lora_name else str(model_path)
+    reference = os.path.expanduser(str((lora_name and base_model_path) or model_path))  # noqa: ASYNC240 - no I/O
     directory = Path(reference)
     name = model_name or (directory.name if await asyncio.to_thread(directory.is_dir) else reference)
     if not skip_model_assets:
@@ -156,12 +170,9 @@ async def register_model(
         skip_assets=skip_model_assets,
     )
     card.endpoint = endpoint.path
-    files: list[tuple[str, Path]] = []
     hosted = env_bool("DYN_SELF_HOST_METADATA", True) if self_host_metadata is None else self_host_metadata
-    if hosted and card.files:
-        paths = model_files(directory, custom)
-        files = [(file.checksum, paths[file.name]) for file in card.files]
-    await _publish(endpoint, instance_id, _Published(card, files))
+    paths = model_files(directory, custom) if hosted and card.files else {}
+    await _publish(endpoint, instance_id, _Published(card, paths))
     return card
 
 
@@ -205,6 +216,9 @@ async def _publish(endpoint: Endpoint, instance_id: int | None, published: _Publ
     runtime, card = endpoint.runtime, published.card
     key = _key(endpoint, instance_id, card.lora.name if card.lora else None)
     registry = _registry(runtime)
+    await runtime.started()
+    if runtime.system_server is not None:
+        runtime.system_server.serve_files(registry.metadata_file)
     async with registry.lock:
         before = registry.cards.get(key)
         registry.cards[key] = published

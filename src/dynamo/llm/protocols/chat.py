@@ -119,7 +119,7 @@ def _check_messages(messages: list[dict[str, Any]]) -> None:
         content = message.get("content")
         if content.__class__ is not str:
             _check_parts(content, message, f"messages[{i}].content")
-        if len(message) > 2:  # more than role and content
+        if len(message) > 2 or "content" not in message:  # more than role and content
             _check_other_keys(message, i)
 
 
