@@ -19,6 +19,7 @@ from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
 
+FIRST_LOOK_S = 10.0  # a store that shows a key and then does not tell of it is broken
 DEFAULT_INHIBITED_S = 5.0  # DYN_RUNTIME_INHIBITED_DURATION_SECS; 0 turns inhibition off
 
 
@@ -129,9 +130,12 @@ class InstanceSet:
         """Take the first look (so that an unusable store is an error here), then follow. Raises DiscoveryError."""
         prefix = self.address.instances_prefix()
         changes = self.discovery.watch(prefix)
-        for key, value in (await self.discovery.get_prefix(prefix)).items():
-            self._put(key, value)
-        self._tell()
+        unseen = set(await self.discovery.get_prefix(prefix))
+        async with asyncio.timeout(FIRST_LOOK_S):
+            while unseen:
+                change = await anext(changes)
+                self._apply(change)
+                unseen.discard(change.key)
         self._watching = asyncio.get_running_loop().create_task(self._follow(changes), name=f"instances {self.address}")
 
     async def close(self) -> None:
@@ -196,11 +200,14 @@ class InstanceSet:
 
     async def _follow(self, changes: AsyncIterator[Change]) -> None:
         async for change in changes:
-            if isinstance(change, Delete):
-                self._delete(change.key)
-            else:
-                self._put(change.key, change.value)
-            self._tell()
+            self._apply(change)
+
+    def _apply(self, change: Change) -> None:
+        if isinstance(change, Delete):
+            self._delete(change.key)
+        else:
+            self._put(change.key, change.value)
+        self._tell()
 
     def _put(self, key: str, value: bytes) -> None:
         try:
@@ -209,17 +216,18 @@ class InstanceSet:
             log.warning("ignoring the instance record %s: %s", key, e)
             self._delete(key)
             return
-        known = self.targets.get(target.instance_id)
-        if known is not None:
-            target.inflight = known.inflight
-        self.targets[target.instance_id] = target
         timer = self._inhibited.pop(target.instance_id, None)
         if timer is not None:
             timer.cancel()
-        if known is None or known.host_port != target.host_port:
+        known = self.targets.get(target.instance_id)
+        if known is None:
+            self.targets[target.instance_id] = target
             self.on_address(target.host_port, True)
-            if known is not None:
-                self.on_address(known.host_port, False)
+            return
+        if known.host_port != target.host_port:
+            self.on_address(target.host_port, True)
+            self.on_address(known.host_port, False)
+        known.instance, known.host_port, known.path = target.instance, target.host_port, target.path
 
     def _delete(self, key: str) -> None:
         try:

@@ -382,25 +382,21 @@ class ServerConnection(asyncio.Protocol):
         except (TypeError, ValueError, OverflowError):
             self._frame_items(*self._without_unsendable(streams, items, ended), parts)
             return
-        if len(buffer) - 4 > self._peer_max:
-            self._split(streams, items, ended, parts)
-            return
-        parts.append(buffer)
-        if streams:
-            count_sent(streams, len(buffer))
-
-    def _split(
-        self, streams: list[ServerStream], items: list[object], ended: list[int], parts: list[bytes | bytearray]
-    ) -> None:
-        if len(items) < 2:
+        if len(buffer) - 4 <= self._peer_max:
+            parts.append(buffer)
+            if streams:
+                count_sent(streams, len(buffer))
+        elif len(items) > 1:
+            middle = len(items) // 2
+            self._frame_items(streams[:middle], items[:middle], [], parts)
+            self._frame_items(streams[middle:], items[middle:], [], parts)
+            failed = {stream for stream, _ in self.errors_out}
+            self._frame_items([], [], [stream for stream in ended if stream not in failed], parts)
+        else:
             large = streams[0]
             self.errors_out.append((large.id, _too_large(self._peer_max)))
             large.close(InvalidArgument.__name__)
             self._frame_items([], [], [stream for stream in ended if stream != large.id], parts)
-            return
-        middle = len(items) // 2
-        self._frame_items(streams[:middle], items[:middle], [], parts)
-        self._frame_items(streams[middle:], items[middle:], ended, parts)
 
     def _without_unsendable(
         self, streams: list[ServerStream], items: list[object], ended: list[int]
