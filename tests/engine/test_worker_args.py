@@ -1,0 +1,76 @@
+"""The options that all workers share."""
+
+import json
+
+import pytest
+
+from dynamo.engine.worker_args import WorkerOptions, add_worker_options, dump_config, worker_options
+from dynamo.runtime.options import OptionParser
+
+
+def options(*argv: str) -> WorkerOptions:
+    parser = OptionParser("prog", "d")
+    add_worker_options(parser)
+    return worker_options(parser.parse(argv))
+
+
+def test_the_defaults_are_those_that_routers_look_for():
+    assert options() == WorkerOptions()
+    assert options().endpoint == "dynamo.backend.generate"
+    assert options("--namespace", "blue").endpoint == "blue.backend.generate"
+    assert options("--namespace", "blue", "--endpoint", "dyn://a.b.c").endpoint == "a.b.c"
+
+
+def test_variables_count_and_flags_win(monkeypatch):
+    monkeypatch.setenv("DYN_NAMESPACE", "blue")
+    monkeypatch.setenv("DYN_ENGINE_REQUEST_LIMIT", "7")
+    monkeypatch.setenv("DYN_ENDPOINT_TYPES", "completions")
+    assert options().endpoint == "blue.backend.generate"
+    assert options("--engine-request-limit", "8").engine_request_limit == 8
+    assert options().endpoint_types == ("completions",)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tcp-tls-cert-path", "x"], "--tcp-tls-cert-path: TLS between processes is not in this version"),
+        (["--fpm-trace"], "--fpm-trace: the forward pass trace is not in this version"),
+        (["--dyn-tool-call-parser", "hermes"], "parsing tool calls is not in this version"),
+        (["--engine-request-limit", "0"], "from 1"),
+        (["--dynamo-request-queue-limit", "-1"], "from 0"),
+        (["--endpoint-types", "chat,images"], "'images' is not one of chat, completions"),
+        (["--output-modalities", "audio"], "invalid choice"),
+        (["--health-check-payload", "{"], "neither JSON nor @FILE"),
+        (["--engine-request-limt", "1"], "did you mean --engine-request-limit"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_it(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        options(*argv)
+    assert ended.value.code == 2
+    line = capsys.readouterr().err
+    assert words in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--endpoint", "a.b"], "--endpoint: endpoint path 'a.b'"),
+        (["--custom-jinja-template", "/nowhere/t.jinja"], "--custom-jinja-template: there is no file"),
+    ],
+)
+def test_what_cannot_be_used_names_its_flag(argv, words):
+    with pytest.raises(ValueError, match=words):
+        options(*argv)
+
+
+def test_a_health_check_payload_may_stand_in_a_file(tmp_path):
+    file = tmp_path / "payload.json"
+    file.write_text('{"token_ids": [1]}')
+    assert options("--health-check-payload", f"@{file}").health_check_payload == {"token_ids": [1]}
+
+
+def test_the_options_in_effect_can_be_written_down(tmp_path):
+    dump_config(str(tmp_path / "c.json"), {"a": 1, "b": ("x",)})
+    assert json.loads((tmp_path / "c.json").read_text()) == {"a": 1, "b": ["x"]}
