@@ -6,6 +6,7 @@ the field (`messages[0].content`). Nothing here knows what a chat is.
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NoReturn
 
 import msgspec
@@ -113,6 +114,12 @@ def check_json(value: object, name: str) -> None:
     fail(f"{name} is nested more than {MAX_NESTING} levels deep", name)
 
 
+@cache
+def _field_names(struct: type[msgspec.Struct]) -> frozenset[str]:
+    """What a struct's fields are called in JSON."""
+    return frozenset(field.encode_name for field in msgspec.structs.fields(struct))
+
+
 def unknown_fields(
     document: dict[str, Any], known: type[msgspec.Struct], nested: dict[str, type[msgspec.Struct]], path: str = ""
 ) -> list[str]:
@@ -121,7 +128,7 @@ def unknown_fields(
     `nested` names the fields, by path, whose own fields are looked at too. A field that is null asks for nothing
     and is dropped without a word.
     """
-    fields = {field.encode_name for field in msgspec.structs.fields(known)}
+    fields = _field_names(known)
     found: list[str] = []
     for name in list(document):
         value = document[name]
