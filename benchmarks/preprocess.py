@@ -6,7 +6,7 @@ checking a body, rendering and tokenizing it (`Preprocessor.chat`), and reading 
 (`ChoiceDecoder.push`), beside what the detokenizer alone costs. The best of five rounds counts, in microseconds.
 Budgets: 15 µs for decoding a short chat request, 1 µs above the detokenizer for a plain token.
 
-Last result (2 cores of a shared Xeon machine, Python 3.11, the demo model):
+Last result (2 cores of a shared AMD EPYC machine, Python 3.11, the demo model):
     decode_chat: 1 short message                                            5.05 µs
     decode_chat: 1 short message, ten more fields                          12.85 µs
     decode_chat: 40 messages of 200 words                                  33.08 µs
