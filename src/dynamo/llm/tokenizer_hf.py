@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from dynamo.llm.detokenizer import ByteRules, DecodingRules
 from dynamo.llm.piece_steps import chain_of
 from dynamo.llm.piece_stream import PieceRules, WindowRules
-from dynamo.llm.text_cuts import Cuts
+from dynamo.llm.text_cuts import Cuts, pipeline_cuts
 from dynamo.llm.tokenizer_config import AddedTokenSpec, TokenizerConfig
 from dynamo.runtime.errors import InvalidArgument
 
@@ -48,7 +48,7 @@ class HuggingFaceBackend:
         self.special_ids = frozenset(id_ for id_, token in self._added.items() if token.content in special)
         self.named: dict[str, str] = {}
         self.rules = self._decoding_rules()
-        self.cuts: Cuts | None = None
+        self.cuts = self._find_cuts()
 
     @classmethod
     def load(cls, path: Path, config: TokenizerConfig) -> "HuggingFaceBackend":
@@ -68,6 +68,26 @@ class HuggingFaceBackend:
         if chain is None:
             return WindowRules(self.decode)
         return PieceRules(self.id_to_token, self.special_ids, chain)
+
+    def _find_cuts(self) -> Cuts | None:
+        library = self._library
+        specs = [
+            AddedTokenSpec(
+                content=token.content,
+                special=token.special,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                single_word=token.single_word,
+            )
+            for token in self._added.values()
+        ]
+        return pipeline_cuts(
+            specs,
+            normalizer=library.normalizer.__getstate__() if library.normalizer is not None else None,
+            pre_tokenizer=library.pre_tokenizer.__getstate__() if library.pre_tokenizer is not None else None,
+            random_merges=bool(getattr(library.model, "dropout", None)),
+        )
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # The batch form does not compute offsets, which are a third of the time.

@@ -14,7 +14,8 @@ import sentencepiece
 
 from dynamo.llm.detokenizer import DecodingRules, TextTable
 from dynamo.llm.piece_steps import METASPACE
-from dynamo.llm.text_cuts import Cuts
+from dynamo.llm.split_pattern import NOWHERE
+from dynamo.llm.text_cuts import Cuts, make_cuts
 from dynamo.llm.tokenizer_config import AddedTokenSpec, TokenizerConfig
 from dynamo.runtime.errors import InvalidArgument
 
@@ -151,11 +152,14 @@ class SentencePieceBackend:
         self.rules: DecodingRules = SentencePieceRules(
             self._surface, self.special_ids, strips_one=normal.startswith(METASPACE), strips_all=strips_all
         )
-        self.cuts: Cuts | None = None
         legacy = config.raw.get("legacy")
         self._inner = self._library
         if legacy is False:
             self._inner = sentencepiece.SentencePieceProcessor(model_proto=model + _NO_DUMMY_PREFIX)
+        # Words are not told apart from their neighbours here, but parts between special tokens are.
+        self.cuts: Cuts | None = make_cuts(
+            list(self._added.values()), NOWHERE, special_part=self._inner is self._library
+        )
         bos, eos = self._library.bos_id(), self._library.eos_id()
         ends = {"bos_token": bos, "eos_token": eos}
         self.named = {name: self._library.id_to_piece(id_) for name, id_ in ends.items() if id_ >= 0}

@@ -17,8 +17,9 @@ from pathlib import Path
 import tiktoken
 
 from dynamo.llm.detokenizer import ByteRules, DecodingRules
-from dynamo.llm.text_cuts import Cuts
-from dynamo.llm.tokenizer_config import TokenizerConfig
+from dynamo.llm.split_pattern import places
+from dynamo.llm.text_cuts import Cuts, make_cuts
+from dynamo.llm.tokenizer_config import AddedTokenSpec, TokenizerConfig
 from dynamo.runtime.errors import InvalidArgument
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -110,7 +111,7 @@ def _pattern(path: Path, config: TokenizerConfig) -> str:
 class TiktokenBackend:
     """A `tiktoken.Encoding`. Special tokens in the text are always recognized, as a rendered prompt needs it."""
 
-    def __init__(self, library: tiktoken.Encoding, config: TokenizerConfig) -> None:
+    def __init__(self, library: tiktoken.Encoding, pattern: str, config: TokenizerConfig) -> None:
         self._library = library
         self._special = library.special_tokens_set
         self.special_ids = frozenset(library.encode_single_token(token) for token in self._special)
@@ -119,7 +120,8 @@ class TiktokenBackend:
         self.vocab_size: int = library.n_vocab
         self.named: dict[str, str] = {}
         self.rules: DecodingRules = ByteRules(self._bytes, self.special_ids)
-        self.cuts: Cuts | None = None
+        # The library knows no flags of special tokens, so whatever the config says of them is not in effect.
+        self.cuts: Cuts | None = make_cuts([AddedTokenSpec(token) for token in self._special], places(pattern))
         bos = config.named.get("bos_token", "")
         self._opening = [bos_id for bos_id in [self.token_to_id(bos)] if bos_id is not None]
         if not config.raw.get("add_bos_token", False):
@@ -130,13 +132,12 @@ class TiktokenBackend:
         """Raises InvalidArgument naming the file if it is broken or its pattern cannot be compiled."""
         ranks = read_ranks(path)
         special = _special_tokens(path, ranks, config)
+        pattern = _pattern(path, config)
         try:
-            library = tiktoken.Encoding(
-                path.name, pat_str=_pattern(path, config), mergeable_ranks=ranks, special_tokens=special
-            )
+            library = tiktoken.Encoding(path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         except Exception as e:
             raise InvalidArgument(f"{path} is not a vocabulary that `tiktoken` can load: {e}") from e
-        return cls(library, config)
+        return cls(library, pattern, config)
 
     def _bytes(self, token_id: int) -> bytes:
         try:
