@@ -21,6 +21,9 @@ from dynamo.runtime.selection import RouterMode
 log = logging.getLogger(__name__)
 
 
+SERVED_KINDS = (ModelType.Chat, ModelType.Completions)
+
+
 class NamespaceFilter:
     """Which namespaces this frontend serves [R18]: all, one, or `prefix` and `prefix-*`; the prefix wins."""
 
@@ -35,26 +38,47 @@ class NamespaceFilter:
 
 
 class Model:
-    """One name that requests may ask for, with every set of workers that answers to it."""
+    """One name that requests may ask for, with every set of workers that answers to it.
+
+    What is asked for at every request is computed when something changes (`refresh`), not at every request.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.created = int(time.time())
         self.sets: dict[SetKey, WorkerSet] = {}
+        self._ready: dict[ModelType, list[WorkerSet]] = {}
 
     @property
     def context_length(self) -> int | None:
         """The longest context that every set takes, in tokens."""
         return min((s.card.context_length for s in self.sets.values() if s.card.context_length), default=None)
 
-    def ready_sets(self, kind: ModelType) -> list[WorkerSet]:
-        """The sets that can answer this kind of request now."""
-        return [s for s in self.sets.values() if s.serves and kind & s.card.types and s.ready and self._needs_met(s)]
-
     @property
     def ready(self) -> bool:
         """Whether any request can be answered."""
-        return bool(self.ready_sets(ModelType.Chat | ModelType.Completions))
+        return any(self._ready.values())
+
+    def refresh(self) -> None:
+        """Look anew at which sets can answer which kind of request."""
+        able = [s for s in self.sets.values() if s.serves and s.ready and not self._missing(s)]
+        self._ready = {kind: [s for s in able if kind in s.card.types] for kind in SERVED_KINDS}
+
+    def choose(self, kind: ModelType) -> WorkerSet:
+        """A set that is ready: at random, weighted by its workers [F12].
+
+        Raises:
+            RequestRefused: 404, the model answers no requests of this kind.
+            WorkerUnavailable: it does, but nobody is ready.
+        """
+        ready = self._ready.get(kind)
+        if not ready:
+            if not any(kind in s.card.types for s in self.sets.values()):
+                raise model_not_found(self.name)
+            raise WorkerUnavailable(f"model {self.name!r} has no worker that is ready")
+        if len(ready) == 1:
+            return ready[0]
+        return random.choices(ready, [s.worker_count for s in ready])[0]
 
     def _present(self, namespace: str) -> set[str]:
         """The kinds of workers that are there in a namespace."""
@@ -68,29 +92,10 @@ class Model:
         lacking = [{kind.value for kind in together} - present for together in worker_set.card.needs]
         return min(lacking, key=len, default=set())
 
-    def _needs_met(self, worker_set: WorkerSet) -> bool:
-        return not self._missing(worker_set)
-
-    def choose(self, kind: ModelType) -> WorkerSet:
-        """A set that is ready: at random, weighted by its workers [F12].
-
-        Raises:
-            RequestRefused: 404, the model answers no requests of this kind.
-            WorkerUnavailable: it does, but nobody is ready.
-        """
-        ready = self.ready_sets(kind)
-        if len(ready) == 1:
-            return ready[0]
-        if ready:
-            return random.choices(ready, [s.worker_count for s in ready])[0]
-        if not any(kind & s.card.types for s in self.sets.values()):
-            raise model_not_found(self.name)
-        raise WorkerUnavailable(f"model {self.name!r} has no worker that is ready")
-
     def readiness(self) -> dict[str, Any]:
         """The body of `/v1/models/{id}/ready` [A5]."""
         namespaces: dict[str, Any] = {}
-        ready = {s.key.namespace for s in self.ready_sets(ModelType.Chat | ModelType.Completions)}
+        ready = {s.key.namespace for sets in self._ready.values() for s in sets}
         for worker_set in self.sets.values():
             namespace = worker_set.key.namespace
             entry = namespaces.setdefault(
@@ -221,7 +226,10 @@ class ModelRegistry:
                 self._metrics.model_gone(name)
 
     def _changed(self) -> None:
+        for worker_set in self._sets.values():
+            worker_set.refresh()
         for model in self._models.values():
+            model.refresh()
             self._metrics.model_ready.labels(model.name).value = int(model.ready)
             for worker_set in model.sets.values():
                 self._note_facts(model.name, worker_set.card)

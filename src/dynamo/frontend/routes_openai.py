@@ -6,7 +6,6 @@ written. Everything that can go wrong before the first byte of an answer is rais
 
 import asyncio
 import time
-import uuid
 from collections.abc import Sequence
 from time import perf_counter
 from typing import cast
@@ -145,7 +144,7 @@ class OpenAIRoutes:
         options = body.stream_options
         return AnswerPlan(
             chat=chat,
-            response_id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4()}",
+            response_id=f"{'chatcmpl' if chat else 'cmpl'}-{headers.new_id()}",
             model=body.model,
             created=int(time.time()),
             choices=choices,

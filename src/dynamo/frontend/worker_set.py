@@ -81,6 +81,9 @@ class WorkerSet:
         self._chooser = Chooser()
         self._starting: asyncio.Task[None] | None = None
         self._had_enough = False
+        self._whole_endpoint = False  # whether every instance of the endpoint is ours to choose from
+        self.worker_count = 0
+        """Workers that are admitted and alive, as of the last `refresh`."""
 
     # --- who belongs to it
 
@@ -143,12 +146,11 @@ class WorkerSet:
 
     # --- whether it can answer
 
-    @property
-    def worker_count(self) -> int:
-        """Workers that are admitted and alive."""
-        if self._client is None:
-            return 0
-        return len(self.workers.keys() & set(self._client.instance_ids()))
+    def refresh(self) -> None:
+        """Look anew at who is alive. Called by the registry whenever cards or instances have changed."""
+        alive = set(self._client.instance_ids()) if self._client is not None else set()
+        self.worker_count = len(self.workers.keys() & alive)
+        self._whole_endpoint = alive <= self.workers.keys()
 
     def instances(self) -> list[Instance]:
         """The live instances of the endpoint, as discovery has them."""
@@ -187,8 +189,7 @@ class WorkerSet:
                 "or nvext.backend_instance_id",
                 "nvext.backend_instance_id",
             )
-        instances = client.instance_ids()
-        if len(instances) == len(self.workers) and all(i in self.workers for i in instances):
+        if self._whole_endpoint:
             return client.pick(self._mode)
         candidates = [_Candidate(i, client.inflight(i)) for i in client.available_ids() if i in self.workers]
         if not candidates:
