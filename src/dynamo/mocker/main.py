@@ -16,6 +16,7 @@ from dynamo.mocker.engine import MockerConfig, MockerEngine
 from dynamo.mocker.sampler import Sampler
 from dynamo.mocker.vocabulary import sayable_tokens
 from dynamo.runtime import DistributedRuntime
+from dynamo.runtime.errors import InvalidArgument
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,11 @@ async def serve(runtime: DistributedRuntime, options: MockerOptions) -> int:
         startup_time_s=options.startup_time,
     )
     dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))
-    sampler = Sampler(await asyncio.to_thread(sayable_tokens, directory), options.reasoning)
+    try:
+        vocabulary = await asyncio.to_thread(sayable_tokens, directory)
+    except InvalidArgument as e:
+        raise ValueError(f"--model-path: {e}") from None
+    sampler = Sampler(vocabulary, options.reasoning)
     workers = [
         _worker(runtime, options, config, sampler, directory, id_) for id_ in instance_ids(runtime, options.num_workers)
     ]
