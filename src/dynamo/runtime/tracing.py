@@ -7,6 +7,7 @@ that leaves over OTLP/HTTP. Else it gives a `SpanProxy` that does nothing, at th
 
 import os
 import random
+import re
 import sys
 from collections.abc import Mapping
 from types import TracebackType
@@ -16,12 +17,14 @@ from dynamo.runtime.options import env_bool
 
 AttributeValue = str | bool | int | float | list[str] | list[bool] | list[int] | list[float]
 
-_HEX = frozenset("0123456789abcdef")
 _NO_TRACE = "0" * 32
 _NO_SPAN = "0" * 16
 _MAX_TRACESTATE = 512  # characters; the recommendation asks to propagate at least so many, longer is dropped whole
 
-_random = random.SystemRandom()
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?", re.DOTALL)
+
+_random = random.Random()  # seeded by the system; ids are no secrets, and a system call each would cost 1 µs
+os.register_at_fork(after_in_child=_random.seed)
 
 
 class TraceContext(NamedTuple):
@@ -39,7 +42,7 @@ class TraceContext(NamedTuple):
 
     def child(self) -> "TraceContext":
         """The same trace, with a span of its own."""
-        return self._replace(span_id=new_span_id())
+        return TraceContext(self.trace_id, new_span_id(), self.flags, self.tracestate)
 
     def headers(self) -> dict[str, str]:
         """What to send to the next hop."""
@@ -70,17 +73,11 @@ def parse_traceparent(text: str | None, tracestate: str | None = None) -> TraceC
     """
     if not text:
         return None
-    text = text.strip()
-    version, trace_id, span_id, flags = text[:2], text[3:35], text[36:52], text[53:55]
-    if not (
-        len(text) >= 55
-        and text[2] == text[35] == text[52] == "-"
-        and (len(text) == 55 or (version != "00" and text[55] == "-"))
-        and version != "ff"
-        and _HEX.issuperset(version + trace_id + span_id + flags)
-        and trace_id != _NO_TRACE
-        and span_id != _NO_SPAN
-    ):
+    found = _TRACEPARENT.fullmatch(text.strip())
+    if found is None:
+        return None
+    version, trace_id, span_id, flags, more = found.groups()
+    if version == "ff" or (more and version == "00") or trace_id == _NO_TRACE or span_id == _NO_SPAN:
         return None
     state = (tracestate or "").strip()
     return TraceContext(trace_id, span_id, int(flags, 16), state if len(state) <= _MAX_TRACESTATE else "")
@@ -215,7 +212,7 @@ def start_span(
         return _recorder.start_span(name, parent, attributes, span_id)
     if parent is None:
         return SpanProxy(TraceContext(new_trace_id(), span_id or new_span_id()))
-    return SpanProxy(parent._replace(span_id=span_id) if span_id else parent.child())
+    return SpanProxy(TraceContext(parent.trace_id, span_id or new_span_id(), parent.flags, parent.tracestate))
 
 
 def die_on_wrong_configuration(service_name: str) -> None:

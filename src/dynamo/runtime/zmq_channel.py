@@ -1,9 +1,9 @@
 """What do the two ends of a ZeroMQ event channel agree on?
 
 An event is four frames: topic, publisher id and sequence (8 bytes each, big-endian), and `0x01`, u32be length,
-msgpack of the envelope (facts row E3). Where a publisher listens stands in its record in discovery (facts row R9).
+msgpack of the `Event` (facts row E3). Where a publisher listens stands in its record in discovery (facts row R9).
 
-ZeroMQ's own sockets are used from the loop's callbacks: `zmq.asyncio` costs a future and a task step an event, six
+ZeroMQ's own sockets are used from the loop's callbacks: `zmq.asyncio` costs a future and a task step an event, four
 times as much (`benchmarks/event_plane.py`).
 """
 
@@ -27,16 +27,6 @@ HEARTBEAT_TIMEOUT_MS: Final = 6000  # a silent peer is given up after this
 
 NOBLOCK: Final = zmq.NOBLOCK
 MORE: Final = zmq.NOBLOCK | zmq.SNDMORE
-
-
-class Envelope(msgspec.Struct):
-    """What the fourth frame holds. `payload` is msgpack of the event's own type."""
-
-    publisher_id: int
-    sequence: int
-    published_at: int
-    topic: str
-    payload: bytes
 
 
 class Channel(msgspec.Struct):

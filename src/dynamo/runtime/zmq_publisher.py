@@ -18,7 +18,7 @@ from dynamo import prometheus_names as names
 from dynamo.runtime.address import join_host_port, split_host_port
 from dynamo.runtime.discovery import Discovery
 from dynamo.runtime.errors import CannotConnect, InvalidArgument
-from dynamo.runtime.events import EventScope
+from dynamo.runtime.events import Event, EventScope
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.server import advertised_host
@@ -29,7 +29,6 @@ from dynamo.runtime.zmq_channel import (
     MORE,
     NOBLOCK,
     Channel,
-    Envelope,
     zmq_socket,
 )
 
@@ -128,12 +127,12 @@ class ZmqPublisher:
     def _frame(self, payload: object, sequence: int) -> bytearray:
         buffer = bytearray(HEAD.size)
         try:
-            envelope = Envelope(
+            event = Event(
                 self.publisher_id, sequence, time.time_ns() // 1_000_000, self.topic, self._encoder.encode(payload)
             )
         except (TypeError, ValueError, OverflowError) as e:
             raise InvalidArgument(f"an event of {self.topic!r} cannot be encoded: {e}") from e
-        self._encoder.encode_into(envelope, buffer, HEAD.size)
+        self._encoder.encode_into(event, buffer, HEAD.size)
         length = len(buffer) - HEAD.size
         if length > MAX_EVENT_BYTES:
             raise InvalidArgument(f"an event of {self.topic!r} has {length} bytes; the limit is {MAX_EVENT_BYTES}")
