@@ -7,7 +7,7 @@ same envelope, which is what our sockets in callbacks replace.
 
     python benchmarks/event_plane.py --events 100000 --bytes 300
 
-Last result (2 shared cores, Python 3.11, pyzmq 27.3, uvloop 0.23): see docs/explanation/event_plane.md.
+Last result (2 shared cores, Python 3.11, pyzmq 27.3, uvloop 0.23): see docs/explanation/event-plane.md.
 """
 
 import argparse
