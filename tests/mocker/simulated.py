@@ -1,5 +1,8 @@
 """A scheduler small enough that tests reach its limits, and the requests to do it with."""
 
+import asyncio
+from collections.abc import Callable
+
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, SamplingOptions, StopConditions
 from dynamo.mocker.sampler import Reasoning, Sampler
 from dynamo.mocker.scheduler import Scheduler, SchedulerConfig
@@ -7,6 +10,13 @@ from dynamo.mocker.timing import StepTiming
 
 VOCABULARY = range(100, 1100)
 EOS = 2
+
+
+async def eventually(condition: Callable[[], bool], deadline_s: float = 20.0) -> None:
+    """Return once `condition()` holds, for what tells nobody that it changed."""
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 def small_scheduler(

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import pytest
-from simulated import VOCABULARY
+from simulated import VOCABULARY, eventually
 from simulated import request as preprocessed
 
 from dynamo.llm.kv_events import LoadMetrics, RouterEvent
@@ -63,13 +63,6 @@ async def mocker(model_dir, *flags: str):
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
-
-
-async def eventually(condition) -> None:
-    """Return once `condition()` holds, for what tells nobody that it changed."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def idle(loads) -> None:
@@ -125,7 +118,8 @@ async def test_a_stopped_request_leaves_the_engine_within_a_step(model_dir):
         await loads.wait_connected()
         context = Context()
         stream = await client.generate(request(max_tokens=1000), annotated=False, context=context)
-        await anext(stream)
+        for _ in range(10):  # 0.2 s, so that the load has been told
+            await anext(stream)
         context.stop_generating()
         stopped = time.monotonic()
         items = await collect(stream)

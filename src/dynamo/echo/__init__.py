@@ -1,0 +1,1 @@
+"""Workers that answer with the prompt."""

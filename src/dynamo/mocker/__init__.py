@@ -1,0 +1,1 @@
+"""Workers without a model: continuous batching and paged KV, simulated (`scheduler`), in real time (`engine`)."""
