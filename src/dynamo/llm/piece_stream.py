@@ -80,11 +80,13 @@ class PieceStream:
 
     def enter(self, prompt_ids: Sequence[int]) -> None:
         """Take the state that a stream has after the prompt; the prompt's text itself is not given again."""
-        tail = [id_ for id_ in prompt_ids[-_SHORT_PROMPT:] if self._rules.piece(id_, self._skip) is not None]
-        if len(prompt_ids) > _SHORT_PROMPT:
+        start = max(0, len(prompt_ids) - _SHORT_PROMPT)
+        while start and self._texts[prompt_ids[start]] is None:
+            start -= 1  # never into the middle of a run of bytes
+        if start:
             for step in self._steps:
                 step.settle()
-        self._feed(tail)
+        self._feed(prompt_ids[start:])
 
     def push(self, ids: list[int]) -> str:
         if self._steady:
