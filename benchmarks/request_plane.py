@@ -4,6 +4,9 @@ Two processes, one connection, N streams. The worker pushes one item a stream ev
 each process's own (`time.process_time`) from the first item to the last, divided by the items.
 
     python benchmarks/request_plane.py --streams 64 --steps 2000 --step-ms 4
+    python benchmarks/request_plane.py --face request --streams 1 --steps 5000
+
+With `--face request`, `--steps` requests are sent, `--streams` at a time.
 
 Last result (2 shared cores, Python 3.11, uvloop 0.23): see docs/explanation/request_plane.md.
 """
@@ -24,7 +27,7 @@ import uvloop
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime import Context, DistributedRuntime
 from dynamo.runtime.errors import DynamoException
-from dynamo.runtime.streams import ResponseStream
+from dynamo.runtime.streams import PushHandler, ResponseStream
 
 ENDPOINT = "bench.worker.generate"
 
@@ -64,12 +67,34 @@ class Steps:
         print(json.dumps({"us_per_item": cpu_s / self._items * 1e6, "items": self._items}), flush=True)
 
 
-async def worker(steps: int, step_s: float) -> None:
+async def worker(handler: PushHandler) -> None:
     runtime = DistributedRuntime(None, "file")
-    await runtime.endpoint(ENDPOINT).start_push_endpoint(Steps(steps, step_s).on_request)
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(handler)
     print("ready", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await runtime.close()
+
+
+class Echo:
+    """The worker of `--face request`: one item and the end, at once."""
+
+    def __init__(self, requests: int) -> None:
+        self._requests = requests
+        self._seen = 0
+        self._cpu_s = 0.0
+
+    def on_request(self, payload: msgspec.Raw, stream: ResponseStream) -> None:
+        if self._seen == 0:
+            self._cpu_s = time.process_time()
+        self._seen += 1
+        stream.send(EngineOutput([1000]))
+        stream.end()
+        if self._seen == self._requests:
+            asyncio.get_running_loop().call_later(0.2, self._report)
+
+    def _report(self) -> None:
+        cpu_s = time.process_time() - self._cpu_s
+        print(json.dumps({"us_per_item": cpu_s / self._seen * 1e6, "items": self._seen}), flush=True)
 
 
 class Count:
@@ -115,6 +140,37 @@ async def caller(streams: int, decode: bool) -> dict[str, float]:
     return {"us_per_item": cpu_s / Count.items * 1e6, "items": Count.items, "flushes": Count.flushes}
 
 
+async def ask(requests: int, concurrency: int) -> dict[str, float]:
+    """Requests of one answer, `concurrency` at a time, with a prompt of 256 tokens."""
+    runtime = DistributedRuntime(None, "file")
+    client = await runtime.endpoint(ENDPOINT).client()
+    await client.wait_for_instances(10)
+    prompt = {"model": "m", "token_ids": list(range(1000, 1256)), "stop_conditions": {"max_tokens": 16}}
+    done = asyncio.Event()
+    left = requests
+
+    class One(Count):
+        def on_end(self) -> None:
+            nonlocal left
+            left -= 1
+            if left >= concurrency:
+                client.start(client.pick(), prompt, One(False), Context())
+            elif left == 0:
+                done.set()
+
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
+    for _ in range(concurrency):
+        client.start(client.pick(), prompt, One(False), Context())
+    await done.wait()
+    cpu_s, wall_s = time.process_time() - cpu_start_s, time.perf_counter() - start_s
+    await runtime.close()
+    return {
+        "us_per_item": cpu_s / requests * 1e6,
+        "items": requests,
+        "latency_us": wall_s / requests * concurrency * 1e6,
+    }
+
+
 async def iterate(streams: int) -> dict[str, float]:
     """The same through the async iterator that user code sees."""
     runtime = DistributedRuntime(None, "file")
@@ -136,16 +192,17 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--step-ms", type=float, default=4.0)
-    parser.add_argument("--face", choices=["push", "push+decode", "iterator"], default="push")
+    parser.add_argument("--face", choices=["push", "push+decode", "iterator", "request"], default="push")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        uvloop.run(worker(options.steps, options.step_ms / 1e3))
+        handler = Echo(options.steps) if options.face == "request" else Steps(options.steps, options.step_ms / 1e3)
+        uvloop.run(worker(handler.on_request))
         return
     with tempfile.TemporaryDirectory() as directory:
         os.environ["DYN_FILE_KV"] = directory
         process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", f"--steps={options.steps}", f"--step-ms={options.step_ms}"],
+            [sys.executable, __file__, "--worker", *sys.argv[1:]],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -153,13 +210,22 @@ def main() -> None:
         assert process.stdout is not None
         assert process.stdin is not None
         process.stdout.readline()
-        if options.face == "iterator":
+        if options.face == "request":
+            ours = uvloop.run(ask(options.steps, options.streams))
+        elif options.face == "iterator":
             ours = uvloop.run(iterate(options.streams))
         else:
             ours = uvloop.run(caller(options.streams, options.face == "push+decode"))
         theirs = json.loads(process.stdout.readline())
         process.stdin.close()
         process.wait(20)
+    if options.face == "request":
+        print(
+            f"{ours['items']:.0f} requests of one answer, {options.streams} at a time: caller "
+            f"{ours['us_per_item']:.0f} us/request, worker {theirs['us_per_item']:.0f} us/request, "
+            f"{ours['latency_us']:.0f} us from call to end"
+        )
+        return
     rss_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(
         f"{options.streams} streams, a step every {options.step_ms:g} ms, {ours['items']:.0f} items, {options.face}: "

@@ -152,6 +152,17 @@ async def test_an_unknown_backend_names_the_known_ones() -> None:
         DistributedRuntime(discovery_backend="zookeeper")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("DYN_TCP_TLS_CERT_PATH", "/cert.pem"), ("DYN_REQUEST_PLANE_CODEC", "json")]
+)
+async def test_what_was_asked_for_and_is_not_there_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}.*" if "TLS" in name else f"json.*{name}"):
+        DistributedRuntime(discovery_backend="mem")
+
+
 @pytest.mark.parametrize("plane", ["request_plane", "event_plane", "response_plane"])
 async def test_a_plane_of_a_later_version_says_so(plane: str) -> None:
     with pytest.raises(ValueError, match="is not in this version"):

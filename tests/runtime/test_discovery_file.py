@@ -209,6 +209,22 @@ async def test_an_unwritable_directory_is_a_clear_error_at_start(tmp_path: Path)
     tmp_path.chmod(0o700)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+async def test_a_default_directory_of_another_user_is_not_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DYN_FILE_KV", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "dynamo_store_kv").mkdir()
+    os.chown(tmp_path / "dynamo_store_kv", 12345, 12345)
+    store = FileDiscovery()
+    with pytest.raises(DiscoveryError, match="belongs to another user"):
+        await store.get_prefix(PREFIX)
+    with pytest.raises(DiscoveryError, match="belongs to another user"):
+        await store.put(KEY, b"x")
+    await store.close()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
 async def test_a_full_disk_is_a_clear_error_and_nothing_half_written_is_seen(tmp_path: Path) -> None:
     mounted = subprocess.run(

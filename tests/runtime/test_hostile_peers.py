@@ -17,6 +17,11 @@ from dynamo.runtime.errors import Disconnected, WorkerUnavailable
 HELLO = wire.PREAMBLE + bytes(wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "test")))
 
 
+def framed(kind: int, body: bytes) -> bytes:
+    """A frame whose body need not be msgpack."""
+    return (len(body) + 1).to_bytes(4, "big") + bytes([kind]) + body
+
+
 @pytest.fixture
 async def worker(runtime: DistributedRuntime) -> DistributedRuntime:
     async def echo(request: Any) -> AsyncIterator[Any]:
@@ -59,7 +64,9 @@ async def serves(worker: DistributedRuntime) -> bool:
         HELLO + bytes(wire.frame(wire.REQUEST, {"not": "an array"})),
         HELLO + bytes(wire.frame(wire.REQUEST, (1, "path", {}))),
         HELLO + bytes(wire.frame(wire.REQUEST, (-1, 2, 3, 4))),
-        HELLO + b"\x00\x00\x00\x05" + bytes([wire.REQUEST]) + b"\xc1\xc1\xc1\xc1",
+        HELLO + framed(wire.REQUEST, b"\xc1\xc1\xc1\xc1"),
+        HELLO + framed(wire.REQUEST, b"\x94\x01\xa1\xff\x80\x01"),
+        HELLO + framed(wire.REQUEST, b"\x94\x01\xa1p\x80" + b"\x91" * 200_000 + b"\x01"),
         HELLO + bytes(wire.frame(wire.CANCEL, (1, 5))),
         HELLO + bytes(wire.frame(wire.HELLO, ("x",))),
     ],
@@ -215,7 +222,7 @@ async def impostor(runtime: DistributedRuntime, answer: bytes) -> asyncio.Server
         HELLO + bytes(wire.frame(wire.ITEMS, ([1, 2, 3], "x", []))),
         HELLO + bytes(wire.frame(wire.ERROR, (1, {"kind": 5}))),
         HELLO + bytes(wire.frame(wire.REQUEST, ())),
-        HELLO + b"\x00\x00\x00\x05" + bytes([wire.ITEMS]) + b"\xc1\xc1\xc1\xc1",
+        HELLO + framed(wire.ITEMS, b"\xc1\xc1\xc1\xc1"),
     ],
     ids=lambda data: repr(data[:40]),
 )

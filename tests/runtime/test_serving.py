@@ -15,6 +15,7 @@ from dynamo.runtime import (
     UnaryClient,
     dynamo_endpoint,
     serve_unary_endpoint,
+    wire,
 )
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument, StreamIncomplete, Unknown
 from dynamo.runtime.instances import Target
@@ -65,7 +66,8 @@ async def test_a_caller_that_does_not_confirm_costs_the_grace_and_no_more(
         await worker.endpoint(ENDPOINT).start_endpoint(_never)
         host, _, port = worker.server.host_port.rpartition(":")
         _, writer = await asyncio.open_connection(host, int(port))
-        await until(lambda: len(worker.server.connections) == 1)
+        writer.write(wire.PREAMBLE + wire.frame(wire.HELLO, (1 << 20, "test")))
+        await until(lambda: any(connection.greeted for connection in worker.server.connections))
         start = asyncio.get_running_loop().time()
         await worker.close()
         assert 0.25 < asyncio.get_running_loop().time() - start < 3
@@ -89,6 +91,19 @@ async def test_unregistering_hides_an_instance_whose_requests_go_on(runtime: Dis
         again = push(client, None)
         (await held.wait(2))[1].end()
         await again.finished()
+
+
+async def test_a_connection_is_closed_when_its_last_instance_has_left(runtime: DistributedRuntime) -> None:
+    held = Held()
+    async with caller() as worker:
+        served = await worker.endpoint(ENDPOINT).start_push_endpoint(held)
+        sink = push(await connect(runtime), None)
+        [stream] = await held.wait()
+        await served.unregister()
+        stream.send("still here")
+        stream.end()
+        assert (await sink.finished()).items == ["still here"]
+        await until(lambda: not worker.server.connections)
 
 
 async def test_one_of_several_instances_can_stop(runtime: DistributedRuntime) -> None:

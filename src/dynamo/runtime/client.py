@@ -98,6 +98,10 @@ class Client:
         """Call `callback` after every change of the live or available instances."""
         self._set.on_change(callback)
 
+    def off_change(self, callback: Callable[[], None]) -> None:
+        """Forget a callback given to `on_change`."""
+        self._set.off_change(callback)
+
     # --- choosing
 
     def pick(self, mode: RouterMode | None = None) -> int:

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import cast
 
-import msgspec
-
 from dynamo.runtime import wire
 from dynamo.runtime.address import split_host_port
 from dynamo.runtime.context import CancelLevel, Context
@@ -116,7 +114,7 @@ class Connection(asyncio.Protocol):
         """Queue one frame; all frames of one turn leave together. Raises InvalidArgument."""
         try:
             buffer = wire.frame(kind, body)
-        except (TypeError, ValueError, OverflowError) as e:
+        except wire.UNSENDABLE as e:
             raise InvalidArgument(f"the request cannot be encoded: {e}") from e
         wire.check_size(buffer, self._peer_max, "the request")
         self._out.append(buffer)
@@ -173,7 +171,7 @@ class Connection(asyncio.Protocol):
                     self._on_items(wire.decode_items(body), touched)
                 else:
                     self._on_frame(kind, body, touched)
-        except (wire.ProtocolError, msgspec.DecodeError) as e:
+        except wire.MALFORMED as e:
             log.warning("closing the connection to %s, which does not speak our protocol: %s", self.host_port, e)
             self.fail(Disconnected(f"{self.host_port} sent what is not our protocol: {e}"))
         for sink in touched.values():
@@ -275,7 +273,7 @@ class Connection(asyncio.Protocol):
         self._pool.connection_failed(self)
         sinks = [call.sink for call in self.calls.values()]
         for call in tuple(self.calls.values()):
-            self._end_call(call, error)
+            self._end_call(call, type(error)(error.message))  # an exception of its own: each is raised elsewhere
         for sink in sinks:
             try:
                 sink.flush()

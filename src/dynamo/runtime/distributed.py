@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress
@@ -63,6 +63,8 @@ class DistributedRuntime:
         _only("request plane", request_plane or os.environ.get("DYN_REQUEST_PLANE"), "tcp", "DYN_REQUEST_PLANE")
         _only("event plane", event_plane or os.environ.get("DYN_EVENT_PLANE"), "zmq", "DYN_EVENT_PLANE")
         _only("response plane", response_plane or os.environ.get("DYN_RESPONSE_PLANE"), "tcp", "DYN_RESPONSE_PLANE")
+        _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")
+        _no_tls(os.environ)
         self.discovery: Discovery = open_discovery(discovery_backend)
         self.instance_id = secrets.randbelow((1 << 63) - 1) + 1
         self.process = f"{socket.gethostname()}/{os.getpid()}"
@@ -216,6 +218,13 @@ class DistributedRuntime:
         await served.finish("the worker is shutting down")
 
 
+def _no_tls(environ: Mapping[str, str]) -> None:
+    """A request plane that was asked to be encrypted must not quietly be plain."""
+    asked = sorted(name for name, value in environ.items() if name.startswith("DYN_TCP_TLS_") and value)
+    if asked:
+        raise ValueError(f"{asked[0]}: TLS on the request plane is not in this version; unset it, or use a tunnel")
+
+
 def _only(what: str, given: str | None, supported: str, variable: str) -> None:
-    if given is not None and given != supported:
+    if given and given != supported:
         raise ValueError(f"{what} {given!r} is not in this version: use {supported} ({variable})")

@@ -166,7 +166,8 @@ class ServerStream:
 
     def cancel(self, level: CancelLevel) -> None:
         """The caller stops or kills the request."""
-        self.route.stats.cancelled()
+        if not self.context.is_stopped():
+            self.route.stats.cancelled()
         if level == "kill":
             self.close(Cancelled.__name__)
             self.context.kill()
@@ -257,7 +258,7 @@ class ServerConnection(asyncio.Protocol):
         try:
             for kind, body in self._reader.feed(data):
                 self._on_frame(kind, body)
-        except (wire.ProtocolError, msgspec.DecodeError) as e:
+        except wire.MALFORMED as e:
             self.drop(f"it does not speak our protocol: {e}")
 
     def _on_frame(self, kind: int, body: memoryview) -> None:
@@ -379,7 +380,7 @@ class ServerConnection(asyncio.Protocol):
     ) -> None:
         try:
             buffer = wire.frame(wire.ITEMS, ([stream.id for stream in streams], items, ended))
-        except (TypeError, ValueError, OverflowError):
+        except wire.UNSENDABLE:
             self._frame_items(*self._without_unsendable(streams, items, ended), parts)
             return
         if len(buffer) - 4 <= self._peer_max:
@@ -409,7 +410,7 @@ class ServerConnection(asyncio.Protocol):
             try:
                 encoded.append(msgspec.Raw(wire.encode(item)))
                 good.append(stream)
-            except (TypeError, ValueError, OverflowError) as e:
+            except wire.UNSENDABLE as e:
                 log.exception("an item of %s cannot be sent", stream.route.path)
                 spoilt.add(stream.id)
                 self.errors_out.append((stream.id, to_wire(e)))
@@ -502,8 +503,8 @@ class RequestServer:
             raise CannotConnect(
                 f"cannot listen on {join_host_port(host, port)} (DYN_TCP_RPC_HOST, DYN_TCP_RPC_PORT): {e.strerror or e}"
             ) from e
-        port = self._server.sockets[0].getsockname()[1]
-        self.host_port = join_host_port(advertised_host(host), port)
+        bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
+        self.host_port = join_host_port(advertised_host(bound_host), bound_port)
         self._timer = loop.call_later(TICK_S, self._tick, loop)
 
     def add_route(self, path: str, handler: PushHandler, stats: RouteStats) -> Route:
@@ -530,10 +531,13 @@ class RequestServer:
         self.leaving.discard(path)
 
     async def all_left(self, timeout_s: float) -> None:
-        """Wait until every caller has heard what is leaving, or has gone; at most `timeout_s`."""
+        """Wait until every caller has heard what is leaving, or has gone; at most `timeout_s`.
+
+        Who has not greeted has sent nothing yet, and hears it with our answer to the greeting.
+        """
         try:
             async with asyncio.timeout(timeout_s):
-                while not all(connection.left >= self.leaving for connection in self.connections):
+                while not all(c.left >= self.leaving for c in self.connections if c.greeted):
                     self._left.clear()
                     await self._left.wait()
         except TimeoutError:

@@ -40,6 +40,10 @@ class ProtocolError(Exception):
     """The peer sent what no peer of ours sends."""
 
 
+MALFORMED = (ProtocolError, msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What reading a frame of a peer that is not ours may raise."""
+
+
 class Hello(msgspec.Struct, array_like=True):
     """The first frame of each side. `process` names the peer in logs."""
 
@@ -106,6 +110,9 @@ def encode_foreign(value: Any) -> Any:
             return convert()
     raise TypeError(f"{type(value).__name__} objects cannot be sent: use dict, list, str, numbers, bytes or a Struct")
 
+
+UNSENDABLE = (TypeError, ValueError, OverflowError, RecursionError)
+"""What encoding a user's value may raise."""
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=encode_foreign)
 encode = _encoder.encode

@@ -84,9 +84,10 @@ def explain(root: Path, doing: str, error: OSError) -> DiscoveryError:
 class KeyDirectory:
     """The directory as one process sees it. Owns this process's entries. Use from one thread at a time."""
 
-    def __init__(self, root: Path, ttl_s: float) -> None:
+    def __init__(self, root: Path, ttl_s: float, must_be_ours: bool = False) -> None:
         self.root = root
         self.ttl_s = ttl_s
+        self._must_be_ours = must_be_ours
         self._mine: dict[str, tuple[bytes, int]] = {}
         self._seen: dict[str, dict[str, _Seen]] = {}
         self._warned_names: set[str] = set()
@@ -100,7 +101,7 @@ class KeyDirectory:
         """See `Discovery.put`."""
         path = self._path(key)
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(path.parent)
             temporary = self._write_temporary(path.parent, value)
             try:
                 inode = temporary.stat().st_ino
@@ -157,6 +158,18 @@ class KeyDirectory:
                 (self.root / "leases" / self._lease_name).unlink(missing_ok=True)
             os.close(self._lease_fd)
             self._lease_fd = None
+
+    def _make(self, directory: Path) -> None:
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._check_owner()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def _check_owner(self) -> None:
+        """The default root has a name that anybody can guess: another user could have made it, to be our workers."""
+        if self._must_be_ours and self.root.stat().st_uid not in (os.geteuid(), 0):
+            raise DiscoveryError(
+                f"the discovery directory {self.root} belongs to another user: name one by DYN_FILE_KV that you trust"
+            )
 
     def _path(self, key: str) -> Path:
         bucket, rest = split_key(key)
@@ -228,8 +241,9 @@ class KeyDirectory:
         directory = self.root / bucket
         try:
             if directory.is_dir():
+                self._check_owner()
                 return False
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(directory)
         except OSError as e:
             raise explain(self.root, f"read {bucket}", e) from e
         return True

@@ -41,7 +41,8 @@ class FileDiscovery:
 
     def __init__(self, root: Path | None = None, ttl_s: float = LEASE_TTL_S) -> None:
         self.root = root or default_root()
-        self._directory = KeyDirectory(self.root, ttl_s)
+        chosen = root is not None or bool(os.environ.get("DYN_FILE_KV"))
+        self._directory = KeyDirectory(self.root, ttl_s, must_be_ours=not chosen)
         self._ttl_s = ttl_s
         self._thread = ThreadPoolExecutor(1, "discovery")
         self._hub = WatchHub()
