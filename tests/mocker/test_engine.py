@@ -6,11 +6,13 @@ import pytest
 from simulated import VOCABULARY, request
 
 from dynamo.llm.protocols.engine import EngineOutput, Routing
+from dynamo.mocker import stats
 from dynamo.mocker.engine import MockerConfig, MockerEngine
 from dynamo.mocker.sampler import Sampler
 from dynamo.mocker.scheduler import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
+from dynamo.runtime.metrics import Metrics
 
 DEADLINE_S = 10.0
 
@@ -149,3 +151,28 @@ async def test_a_stopped_engine_takes_nothing():
         engine.submit("a", request(range(20)))
     with pytest.raises(EngineShutdown):
         await engine.check_health()
+
+
+async def test_numbers_are_shown_under_the_real_engines_names():
+    metrics = Metrics(1)
+    recorder = Recorder()
+    engine = await started(recorder)
+    stats.publish(engine.schedulers[0], metrics, "m", 0, worker_id=10)
+    engine.submit("a", request(range(20), max_tokens=5))
+    async with asyncio.timeout(DEADLINE_S):
+        await recorder.done.wait()
+    shown = metrics.render().decode().splitlines()
+    labels = '{engine="0",model_name="m",worker_id="a"}'
+    for line in (
+        f"vllm:generation_tokens_total{labels} 5.0",
+        f"vllm:prompt_tokens_total{labels} 20.0",
+        f"vllm:num_preemptions_total{labels} 0.0",
+        f"vllm:num_requests_running{labels} 0.0",
+        f"vllm:num_requests_waiting{labels} 0.0",
+        f"vllm:kv_cache_usage_perc{labels} 0.0",
+        f"vllm:time_to_first_token_seconds_count{labels} 1.0",
+        f"vllm:inter_token_latency_seconds_count{labels} 4.0",
+        f"vllm:e2e_request_latency_seconds_count{labels} 1.0",
+    ):
+        assert line in shown
+    await engine.stop()
