@@ -46,7 +46,7 @@ def is_partial(tokenizer: Tokenizer, id_: int) -> bool:
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data(), sizes=SIZES, skip=st.booleans())
 def test_any_tokens_in_any_chunks_give_the_one_shot_text(
     kind: str, data: st.DataObject, sizes: list[int], skip: bool
@@ -57,7 +57,7 @@ def test_any_tokens_in_any_chunks_give_the_one_shot_text(
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=texts(), sizes=SIZES, skip=st.booleans())
 def test_tokens_of_a_text_give_the_one_shot_text(kind: str, text: str, sizes: list[int], skip: bool) -> None:
     tokenizer = load(kind)
@@ -68,7 +68,7 @@ def test_tokens_of_a_text_give_the_one_shot_text(kind: str, text: str, sizes: li
 @pytest.mark.parametrize(
     "kind", [kind for kind in BYTE_LEVEL if kind not in ("gpt2_prefix_space", "qwen2", "neox", "swallowing")]
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=texts())
 def test_byte_level_text_comes_back_as_it_went_in_and_no_character_is_torn(kind: str, text: str) -> None:
     tokenizer = load(kind)
@@ -105,7 +105,7 @@ def test_bytes_that_are_no_character_become_replacement_characters_as_in_one_sho
     assert "".join(streamed(tokenizer, ids, [1] * len(ids), skip=True)) == text == tokenizer.decode(ids)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.lists(st.integers(0, 255), max_size=12), sizes=SIZES)
 def test_any_bytes_decode_as_in_one_shot(data: list[int], sizes: list[int]) -> None:
     for kind in ("gpt2", *BYTE_FALLBACK):
@@ -124,11 +124,16 @@ def byte_ids(kind: str) -> dict[int, int]:
     return {byte: id_ for byte in range(256) if (id_ := tokenizer.token_to_id(f"<0x{byte:02X}>")) is not None}
 
 
+@cache
+def sentencepiece_library(kind: str) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(directory_of(kind) / "tokenizer.model"))
+
+
 @pytest.mark.parametrize("kind", [kind for kind in PIECES if kind.startswith("sp_")])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_sentencepiece_text_is_that_of_the_library(kind: str, data: st.DataObject) -> None:
-    library = sentencepiece.SentencePieceProcessor(model_file=str(directory_of(kind) / "tokenizer.model"))
+    library = sentencepiece_library(kind)
     bytes_ = [id_ for id_ in range(library.vocab_size()) if library.is_byte(id_)]
     some = st.one_of(st.integers(0, library.vocab_size() - 1), st.integers(0, 8), st.sampled_from(bytes_ or [0]))
     ids = data.draw(st.lists(some))
@@ -155,7 +160,7 @@ def test_space_before_the_first_word_stays_when_a_prompt_came_before(kind: str) 
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_prompt_and_continuation_joined_are_the_whole(kind: str, data: st.DataObject) -> None:
     tokenizer = load(kind)

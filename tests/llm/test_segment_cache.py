@@ -39,7 +39,7 @@ CUTTABLE = [kind for kind in MAKERS if kind not in ("metaspace_first", "sp_bpe_f
 
 
 @pytest.mark.parametrize("kind", CUTTABLE)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=texts(TOKENS))
 def test_tokens_are_those_of_the_plain_path(kind: str, text: str) -> None:
     expected = backend_of(kind).encode(text, add_special_tokens=False)
@@ -48,7 +48,7 @@ def test_tokens_are_those_of_the_plain_path(kind: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CUTTABLE)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=texts(TOKENS))
 def test_every_single_cut_keeps_the_tokens(kind: str, text: str) -> None:
     backend = backend_of(kind)

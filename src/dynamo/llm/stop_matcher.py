@@ -63,7 +63,7 @@ class StopMatcher:
     def _unsure(self, text: str) -> int:
         """How many characters at the end could still grow into a stop string."""
         for stop, length in self._prefixes.get(text[-1:], ()):
-            if text.endswith(stop[:length]):
+            if length <= len(text) and text.endswith(stop[:length]):
                 return length
         return 0
 
