@@ -68,6 +68,7 @@ class ScriptedWorker:
         self.runtime = runtime
         self.requests: asyncio.Queue[Taken] = asyncio.Queue()
         self.auto: str | None = None
+        self.answered = 0
         self._served: ServedEndpoint | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -97,6 +98,7 @@ class ScriptedWorker:
         if self.auto is None:
             self.requests.put_nowait(taken)
             return
+        self.answered += 1
         for index in range(request.sampling_options.n or 1):
             taken.say(self.auto, index)
             taken.finish(index=index)
@@ -114,7 +116,7 @@ class ScriptedWorker:
     async def die(self) -> None:
         """Break every connection at once, as a killed process does."""
         for connection in tuple(self.runtime.server.connections):
-            connection.abort()
+            connection.drop("the test kills this worker")
 
 
 class Answer:

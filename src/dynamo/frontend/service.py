@@ -102,8 +102,6 @@ class FrontendService:
     def drain(self) -> None:
         """Take no new requests; `/health` says so. What runs goes on."""
         self._system.draining = True
-        if self._http is not None:
-            self._http.pre_shutdown()
 
     async def close(self) -> None:
         """Drain, give what runs `DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS`, end the rest with an error, and close."""
@@ -119,6 +117,7 @@ class FrontendService:
         if self._listening is not None:
             self._listening.close()
         if self._http is not None:
+            self._http.pre_shutdown()  # or idle connections would be waited for
             await self._http.shutdown(LAST_WORDS_S)
         self._watchdog.close()
         self._monitor.close()
