@@ -260,3 +260,19 @@ def test_the_limit_is_half_as_much_again_as_the_engine_runs():
     assert engine_request_limit(None, EngineConfig(model="m", max_num_seqs=5, data_parallel_size=3)) == 23
     assert engine_request_limit(None, EngineConfig(model="m")) == 10_000
     assert engine_request_limit(4, EngineConfig(model="m", max_num_seqs=5)) == 4
+
+
+async def test_a_worker_that_cannot_register_leaves_nothing(runtime, engine, tmp_path):
+    with pytest.raises(InvalidArgument, match="neither a directory"):
+        await serve_engine(runtime, engine, ServeOptions(tmp_path / "missing"))
+    assert engine.stopped
+    assert await runtime.discovery.get_prefix("v1/instances/") == {}
+
+
+async def test_an_engine_without_a_prefix_cache_promises_no_events(runtime, engine, model_dir):
+    engine.config.publishes_kv_events = False
+    async with serving(runtime, engine, model_dir):
+        (value,) = (await runtime.discovery.get_prefix("v1/mdc/")).values()
+        assert not ModelDeploymentCard.from_json(value).runtime_config.kv_event_publishing_enabled
+        channels = await runtime.discovery.get_prefix("v1/event_channels/")
+        assert [key for key in channels if "kv-events" in key] == []

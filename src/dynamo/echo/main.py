@@ -80,6 +80,7 @@ async def serve(runtime: DistributedRuntime, options: EchoOptions) -> int:
         served_model_name=name,
         context_length=options.max_model_len or architectural_context_length(directory),
         kv_cache_block_size=options.block_size,
+        publishes_kv_events=False,
         runtime_data={"engine": "echo"},
     )
     dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))

@@ -14,7 +14,10 @@ from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 
 
 class EngineConfig(msgspec.Struct, kw_only=True):
-    """What an engine says of itself once it has started. Sizes in tokens unless the name says blocks."""
+    """What an engine says of itself once it has started. Sizes in tokens unless the name says blocks.
+
+    `publishes_kv_events` is False where there is no prefix cache to tell of. Without a block size there are none.
+    """
 
     model: str
     served_model_name: str | None = None
@@ -26,6 +29,7 @@ class EngineConfig(msgspec.Struct, kw_only=True):
     max_num_batched_tokens: int | None = None
     data_parallel_start_rank: int = 0
     data_parallel_size: int = 1
+    publishes_kv_events: bool = True
     runtime_data: dict[str, Any] = {}
 
 

@@ -38,7 +38,7 @@ class Reports:
         self._timer: asyncio.TimerHandle | None = None
         start = config.data_parallel_start_rank
         self._ranks = range(start, start + config.data_parallel_size)
-        self._kv = self._kv_publishers(config.kv_cache_block_size)
+        self._kv = self._kv_publishers(config.kv_cache_block_size if config.publishes_kv_events else None)
         self._gauges = gauges
 
     def _kv_publishers(self, block_size: int | None) -> dict[int, KvEventPublisher]:
@@ -66,7 +66,8 @@ class Reports:
     def load(self, load: LoadMetrics) -> None:
         """See `EngineCallbacks.on_load`. What changes faster than LOAD_INTERVAL_S is published once, at its last."""
         load.worker_id = self._instance_id
-        load.waiting_requests += self._waiting()
+        if load.dp_rank == self._ranks.start:  # who waits before the engine has no rank yet; count it once
+            load.waiting_requests += self._waiting()
         self._latest[load.dp_rank] = load
         if self._timer is None:
             delay = self._published_at + LOAD_INTERVAL_S - self._loop.time()

@@ -106,6 +106,8 @@ class EngineWorker:
             self.config = config
             await self._offer(time.monotonic() - began)
         except BaseException:
+            if self._served is not None:
+                await self._served.stop()
             await self._stop_engine()
             raise
         return True
@@ -167,7 +169,7 @@ class EngineWorker:
                 data_parallel_start_rank=config.data_parallel_start_rank,
                 data_parallel_size=config.data_parallel_size,
                 enable_local_indexer=False,
-                kv_event_publishing_enabled=config.kv_cache_block_size is not None,
+                kv_event_publishing_enabled=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 runtime_data=config.runtime_data,
             ),
             user_data=self.options.user_data,

@@ -58,10 +58,10 @@ class _Rank:
             outputs = scheduler.complete(self._step, now)
             if outputs:
                 engine.callbacks.on_outputs(outputs)
+            events = scheduler.take_kv_events()
+            if events:
+                engine.callbacks.on_kv_events(events, self.dp_rank)
         self._step = scheduler.schedule(now)
-        events = scheduler.take_kv_events()
-        if events:
-            engine.callbacks.on_kv_events(events, self.dp_rank)
         if self._step is None:
             self._handle = None
             self.report_load(now)
@@ -114,6 +114,7 @@ class MockerEngine:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
             data_parallel_size=self.config.data_parallel_size,
+            publishes_kv_events=limits.enable_prefix_caching,
             runtime_data={"engine": "mocker"},
         )
 
