@@ -119,6 +119,23 @@ async def test_one_of_several_instances_can_stop(runtime: DistributedRuntime) ->
     await asyncio.wait_for(one.finished(), SOON_S)
 
 
+async def test_a_shutdown_that_comes_before_an_endpoint_is_served(runtime: DistributedRuntime) -> None:
+    runtime.shutdown()
+    await asyncio.wait_for(runtime.endpoint(ENDPOINT).serve_endpoint(_never), SOON_S)
+    with pytest.raises(EngineShutdown, match="shutting down"):
+        await runtime.endpoint(ENDPOINT).start_endpoint(_never)
+
+
+async def test_a_shutdown_while_an_endpoint_is_being_registered(runtime: DistributedRuntime) -> None:
+    serving = asyncio.create_task(runtime.endpoint(ENDPOINT).serve_endpoint(_never))
+    await asyncio.sleep(0)
+    runtime.shutdown()
+    await asyncio.wait_for(serving, SOON_S)
+    await runtime.wait_drained()
+    assert await runtime.discovery.get_prefix("v1/instances/test/") == {}
+    assert runtime.served == []
+
+
 async def test_shutdown_from_another_thread(runtime: DistributedRuntime) -> None:
     await runtime.endpoint(ENDPOINT).start_endpoint(_never)
     waiting = asyncio.create_task(runtime.wait_shutdown())

@@ -6,13 +6,13 @@ listener, and a record in discovery for as long as it is served.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress, check_name
 from dynamo.runtime.client import Client
-from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.runtime.handlers import UserHandler, bidirectional_handler, push_handler
 from dynamo.runtime.health import Canary, canary_for, canary_options
 from dynamo.runtime.instances import instance_record
@@ -110,8 +110,9 @@ class Endpoint:
         health_check_payload: dict[str, Any] | None = None,
     ) -> None:
         """Serve until the runtime shuts down. See `start_endpoint`."""
-        served = await self.start_endpoint(handler, graceful_shutdown, metrics_labels, health_check_payload)
-        await served.finished()
+        await self._until_shutdown(
+            self.start_endpoint(handler, graceful_shutdown, metrics_labels, health_check_payload)
+        )
 
     async def start_endpoint(
         self,
@@ -131,6 +132,7 @@ class Endpoint:
         Raises:
             DiscoveryError: discovery cannot be used, or another live worker has this instance id.
             CannotConnect: the request plane's address cannot be bound.
+            EngineShutdown: the runtime is shutting down.
         """
         return await self.start_push_endpoint(
             push_handler(handler),
@@ -143,7 +145,13 @@ class Endpoint:
         self, handler: UserHandler, graceful_shutdown: bool = True, metrics_labels: MetricsLabels | None = None
     ) -> None:
         """Serve `handler(requests, context)`, an async generator over a stream of requests, until shutdown."""
-        served = await self.start_bidirectional_endpoint(handler, graceful_shutdown, metrics_labels)
+        await self._until_shutdown(self.start_bidirectional_endpoint(handler, graceful_shutdown, metrics_labels))
+
+    async def _until_shutdown(self, starting: "Awaitable[ServedEndpoint]") -> None:
+        try:
+            served = await starting
+        except EngineShutdown:
+            return  # the shutdown came first
         await served.finished()
 
     async def start_bidirectional_endpoint(
@@ -169,6 +177,8 @@ class Endpoint:
         if not 0 < instance_id < 1 << 63:
             raise InvalidArgument(f"instance_id {instance_id} is not between 1 and 2**63 - 1", "instance_id")
         server = await runtime.serving()
+        if runtime.is_shutting_down():
+            raise EngineShutdown(f"{self.path} is not served: the runtime is shutting down")
         stats = runtime.metrics.endpoint(
             self.namespace, self.component, self.name, instance_id=instance_id, labels=metrics_labels
         )
@@ -178,6 +188,9 @@ class Endpoint:
         try:
             await served.register()
             await served.watch_health(stats, health_check_payload)
+            if runtime.is_shutting_down():
+                await served.unregister()
+                raise EngineShutdown(f"{self.path} is not served: the runtime is shutting down")
         except BaseException:
             await served.finish("it could not be started")
             raise

@@ -11,10 +11,10 @@ msgpack body. Streams are numbered by the caller. Bodies are arrays:
     FLOW     [stream, go]                         caller cannot (false) or can (true) take more of this stream
     ITEMS    [streams, items, ended]              worker; item i belongs to stream i; then `ended` have ended
     ERROR    [stream, WireError]                  worker; the stream has failed
-    REFUSED  [stream, WireError]                  worker; no handler ever saw the request
     LEAVING  [paths]                              worker asks for no more requests to these
     LEFT     [paths]                              caller has heard, and has sent its last request there
     PING     []  PONG []                          caller asks, worker answers
+    REFUSED  [stream, WireError]                  worker; the stream has failed, no handler ever saw the request
 
 All that a worker sends in one turn of its event loop to one caller is in one ITEMS frame.
 """
@@ -30,7 +30,7 @@ PREAMBLE = b"DYN1\x01"
 HEADER_BYTES = 5
 DEFAULT_MAX_MESSAGE_BYTES = 32 << 20  # DYN_TCP_MAX_MESSAGE_SIZE
 
-HELLO, REQUEST, DATA, END, CANCEL, FLOW, ITEMS, ERROR, REFUSED, LEAVING, LEFT, PING, PONG = range(1, 14)
+HELLO, REQUEST, DATA, END, CANCEL, FLOW, ITEMS, ERROR, LEAVING, LEFT, PING, PONG, REFUSED = range(1, 14)
 
 _HEADER = struct.Struct(">IB")
 _LENGTH = struct.Struct(">I")

@@ -20,6 +20,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import msgspec
 
 from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.runtime.errors import EngineShutdown
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,11 @@ async def _run(function: Callable[..., Coroutine[Any, Any, T]], args: Any, kwarg
             await asyncio.wait([work], timeout=RETURN_S)
             raise SystemExit(1)
         return work.result()
+    except EngineShutdown:
+        if not runtime.is_shutting_down():
+            raise
+        log.info("the shutdown came before the worker served")
+        raise SystemExit(0) from None
     finally:
         work.cancel()
         leaving.cancel()
