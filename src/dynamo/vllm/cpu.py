@@ -37,8 +37,9 @@ def environment(weights_bytes: int, cores: int, workers: int, environ: Mapping[s
     if "VLLM_CPU_KVCACHE_SPACE" not in environ:
         settings.append(Setting("VLLM_CPU_KVCACHE_SPACE", str(KV_CACHE_GIB), "GiB of KV cache"))
     if "OMP_NUM_THREADS" not in environ and "VLLM_CPU_OMP_THREADS_BIND" not in environ:
-        threads = 1 if weights_bytes < SMALL_MODEL_BYTES else max(1, (cores - 1) // workers)
-        why = "a small model gains nothing from more" if threads == 1 and cores > 2 else "one core is left to the rest"
+        small = weights_bytes < SMALL_MODEL_BYTES
+        threads = 1 if small else max(1, (cores - 1) // workers)
+        why = "so small a model gains nothing from more" if small else "one core is left to the rest"
         settings.append(Setting("OMP_NUM_THREADS", str(threads), why))
     if "VLLM_CPU_OMP_THREADS_BIND" not in environ:
         settings.append(Setting("VLLM_CPU_OMP_THREADS_BIND", "nobind", "pinned threads fight with neighbours"))

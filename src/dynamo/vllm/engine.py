@@ -61,6 +61,7 @@ class VllmEngine:
         self._adapters = Adapters(self.options.lora_modules, config.lora_config)
         self._defaults = config.model_config.get_diff_sampling_param()
         self._grammar_backend = config.structured_outputs_config.backend
+        self._lora_on_cpu = config.lora_config is not None and config.device_config.device_type == "cpu"
         self._priorities = config.scheduler_config.policy == "priority"
         try:
             self._subscribe_kv_events(config)
@@ -207,12 +208,16 @@ class VllmEngine:
             )
         return -priority
 
-    @staticmethod
-    def _refuse_unsupported(request: PreprocessedRequest) -> None:
+    def _refuse_unsupported(self, request: PreprocessedRequest) -> None:
         if not request.token_ids:
             raise InvalidArgument("the prompt is empty: give at least one token", "token_ids")
         if request.multi_modal_data:
             raise InvalidArgument("this worker takes text only; leave images, audio and video out", "multi_modal_data")
+        if request.output_options.prompt_logprobs is not None and self._lora_on_cpu:
+            # vLLM 0.32's LoRA code for CPUs counts prompts where it needs rows, and the error ends the engine.
+            raise InvalidArgument(
+                "prompt_logprobs cannot be had from a CPU worker with LoRA (--enable-lora)", "prompt_logprobs"
+            )
         if request.prefill_result is not None or request.bootstrap_info is not None:
             raise InvalidArgument(
                 "this worker computes prompts itself; it cannot take over another worker's prefill", "prefill_result"

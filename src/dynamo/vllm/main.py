@@ -78,7 +78,10 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
     gc.collect()
     gc.freeze()
     print(f"vllm is ready: {options.served_model_names[0]} by 1 worker at {worker.endpoint.address.url}", flush=True)
-    return await worker.run()
+    try:
+        return await worker.run()
+    finally:
+        gc.unfreeze()  # or Triton's bindings fill the screen with what they call leaks
 
 
 async def _register_adapter(worker: EngineWorker, worker_options: WorkerOptions, directory: Path, name: str) -> None:
