@@ -135,6 +135,8 @@ def _vllm_workers(request: Request, environ: Mapping[str, str]) -> list[ChildSpe
     argv += _given("--max-model-len", request.context_length)
     argv += _given("--block-size", request.block_size)
     argv += request.engine_flags
+    if request.model.is_demo and "--enforce-eager" not in argv:
+        argv.append("--enforce-eager")  # compiling takes longer than a demo lasts
     placements = _on_gpus(request) if request.gpus else _on_cores(request, environ)
     return [ChildSpec(f"worker-{i + 1}", [*argv, *flags], env) for i, (flags, env) in enumerate(placements)]
 
