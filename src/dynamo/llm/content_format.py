@@ -25,18 +25,19 @@ def _is_one_of(node: nodes.Node | None, names: set[str]) -> bool:
     return isinstance(core, nodes.Name) and core.name in names
 
 
-def _is_content_of(node: nodes.Node | None, messages: set[str]) -> bool:
-    core = _core(node)
-    if isinstance(core, nodes.Getattr):
-        return core.attr == "content" and _is_one_of(core.node, messages)
-    if isinstance(core, nodes.Getitem):
-        return isinstance(core.arg, nodes.Const) and core.arg.value == "content" and _is_one_of(core.node, messages)
-    return False
-
-
 def _is_element_of(node: nodes.Node | None, lists: set[str]) -> bool:
     core = _core(node)
     return isinstance(core, nodes.Getitem) and _is_one_of(core.node, lists)
+
+
+def _owner_of_content(node: nodes.Node | None) -> nodes.Node | None:
+    """The expression `x` in `x.content` or `x['content']`."""
+    core = _core(node)
+    if isinstance(core, nodes.Getattr) and core.attr == "content":
+        return core.node
+    if isinstance(core, nodes.Getitem) and isinstance(core.arg, nodes.Const) and core.arg.value == "content":
+        return core.node
+    return None
 
 
 def _assigned(assigns: Iterable[nodes.Assign]) -> list[tuple[str, nodes.Node]]:
@@ -63,7 +64,7 @@ class _Names:
         for name, value in self._assigned:
             if _is_one_of(value, self.lists):
                 self.lists.add(name)
-            elif _is_one_of(value, self.messages) or _is_element_of(value, self.lists):
+            elif self._is_message(value):
                 self.messages.add(name)
             elif self.is_content(value):
                 self.contents.add(name)
@@ -84,8 +85,11 @@ class _Names:
         names = {arg.name for arg in macro.args}
         self.contents.update(kw.key for kw in call.kwargs if kw.key in names and self.is_content(kw.value))
 
+    def _is_message(self, node: nodes.Node | None) -> bool:
+        return _is_one_of(node, self.messages) or _is_element_of(node, self.lists)
+
     def is_content(self, node: nodes.Node | None) -> bool:
-        return _is_content_of(node, self.messages) or _is_one_of(node, self.contents)
+        return _is_one_of(node, self.contents) or self._is_message(_owner_of_content(node))
 
 
 def content_format(tree: nodes.Template) -> ContentFormat:
