@@ -69,6 +69,8 @@ async def test_a_stopped_worker_is_given_up_and_comes_back(
     store: Path, here: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DYN_TCP_PING_INTERVAL_SECS", "0.1")
+    monkeypatch.setenv("DYN_TCP_CONNECT_TIMEOUT", "0.2")
+    monkeypatch.setenv("DYN_RUNTIME_INHIBITED_DURATION_SECS", "0.1")
     runtime = DistributedRuntime(discovery_backend="file")
     with WorkerProcess(store, "serve") as worker:
         instance_id = await ready(worker)
@@ -77,8 +79,11 @@ async def test_a_stopped_worker_is_given_up_and_comes_back(
         worker.process.send_signal(signal.SIGSTOP)
         await sink.finished()
         assert isinstance(sink.error, Disconnected)
-        assert client.available_ids() == []
+        for _ in range(8):  # 0.8 s: several times the inhibition, tried by connecting and not by anybody's request
+            assert client.available_ids() == []
+            await asyncio.sleep(0.1)
         worker.process.send_signal(signal.SIGCONT)
+        await until(lambda: client.available_ids() == [instance_id])
         assert (await worker.line()).startswith("killed"), "its caller's connection was gone"
         sink = push(client, {"n": 3}, instance_id)
         assert (await sink.finished()).items == [0, 1, 2]

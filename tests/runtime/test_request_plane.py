@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
+from plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 from dynamo.runtime import Annotated, Context, DistributedRuntime, RouterMode
 from dynamo.runtime.errors import (
@@ -125,6 +125,20 @@ async def test_one_turn_of_the_worker_is_one_flush_of_each_sink(runtime: Distrib
             await sink.finished()
             assert sink.items == [0, 1, 2, 3, 4]
             assert sink.flushes == [5], "five items and the end came with one read, so one flush"
+
+
+async def test_a_sink_of_several_streams_is_flushed_once(runtime: DistributedRuntime) -> None:
+    held = Held()
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(held)
+    async with caller() as other:
+        client = await connect(other)
+        sink = Sink()
+        for i in range(3):
+            client.start(client.pick(), i, sink, Context())
+        for stream in await held.wait(3):
+            stream.send("item")
+        await until(lambda: bool(sink.flushes))
+        assert sink.flushes == [3]
 
 
 async def test_items_and_end_of_one_turn_keep_their_order(runtime: DistributedRuntime) -> None:

@@ -88,6 +88,11 @@ class Connection(asyncio.Protocol):
         self._missed = 0
         self.retired = False
 
+    @property
+    def open(self) -> bool:
+        """Whether the worker has greeted us and is still there."""
+        return self._greeting.done() and not self.closed
+
     # --- the caller's side
 
     def call(
@@ -174,7 +179,7 @@ class Connection(asyncio.Protocol):
         except wire.MALFORMED as e:
             log.warning("closing the connection to %s, which does not speak our protocol: %s", self.host_port, e)
             self.fail(Disconnected(f"{self.host_port} sent what is not our protocol: {e}"))
-        for sink in touched.values():
+        for sink in {id(sink): sink for sink in touched.values()}.values():  # one sink may have several streams
             try:
                 sink.flush()
             except Exception:
@@ -233,6 +238,7 @@ class Connection(asyncio.Protocol):
             if not self._greeting.done():
                 self._greeting.set_result(None)
                 self._pool.sockets.connections.value += 1
+                self._pool.connected(self)
                 self._flush()
         else:
             raise wire.ProtocolError(f"a frame of kind {kind}")
@@ -328,6 +334,7 @@ class ConnectionPool:
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.connect_timeout_s = env_number("DYN_TCP_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S)
         self.ping_interval_s = env_number("DYN_TCP_PING_INTERVAL_SECS", PING_INTERVAL_S)
+        self.on_connected: list[Callable[[str], None]] = []
         self.on_connection_failed: list[Callable[[str], None]] = []
         self.on_leaving: list[Callable[[list[str]], None]] = []
         self._connections: dict[str, Connection] = {}
@@ -348,6 +355,12 @@ class ConnectionPool:
                 self._timer = loop.call_later(self.ping_interval_s, self._tick, loop)
         return connection
 
+    def probe(self, host_port: str) -> None:
+        """Connect if we are not; listeners hear whether it went well, at once if it has."""
+        connection = self.get(host_port)
+        if connection.open:
+            self.connected(connection)
+
     def use(self, host_port: str, used: bool) -> None:
         """Count who needs an address; one that nobody needs is closed when nothing is in flight on it."""
         count = self._uses.get(host_port, 0) + (1 if used else -1)
@@ -361,6 +374,11 @@ class ConnectionPool:
         if connection is not None:
             connection.retired = True
             connection.close_if_idle()
+
+    def connected(self, connection: Connection) -> None:
+        """A worker process has greeted us."""
+        for listener in self.on_connected:
+            listener(connection.host_port)
 
     def connection_failed(self, connection: Connection) -> None:
         """Forget a connection; the next call makes a new one."""

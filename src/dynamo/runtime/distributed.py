@@ -136,12 +136,13 @@ class DistributedRuntime:
         await self.started()
         known = self._instances.get(address)
         if known is None:
-            known = self._instances[address] = InstanceSet(address, self.discovery, self.pool.use)
+            known = self._instances[address] = InstanceSet(address, self.discovery, self.pool)
             try:
                 await known.start()
             except BaseException:
                 del self._instances[address]
                 raise
+            self.pool.on_connected.append(known.connected)
             self.pool.on_connection_failed.append(known.inhibit_address)
             self.pool.on_leaving.append(known.leaving)
         return known

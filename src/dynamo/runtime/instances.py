@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
@@ -107,18 +108,31 @@ class Target:
         return self.instance.device_type
 
 
+class Connections(Protocol):
+    """What a set asks of the process's connections to workers."""
+
+    def use(self, host_port: str, used: bool) -> None:
+        """Count who needs an address; one that nobody needs is closed."""
+
+    def probe(self, host_port: str) -> None:
+        """Connect if we are not; the set's `connected` or `inhibit_address` is called when it is known whether."""
+
+
 @dataclass(slots=True, eq=False)
 class InstanceSet:
     """The live instances of one endpoint, kept up to date by a watch."""
 
     address: EndpointAddress
     discovery: Discovery
-    on_address: Callable[[str, bool], None]
-    """Called with a `host:port` and True when it is first needed, False when no instance is there any more."""
+    connections: Connections
     targets: dict[int, Target] = field(default_factory=dict)
     available: list[Target] = field(default_factory=list)
     """Those that may be chosen, by rising instance id. Replaced, never changed in place."""
     _inhibited: dict[int, asyncio.TimerHandle | None] = field(default_factory=dict)
+    _unreachable: set[int] = field(default_factory=set)
+    """Those among the inhibited whose connection broke: they are back when a connection can be made again."""
+    _probed: set[int] = field(default_factory=set)
+    """Those among the unreachable whose time is over and whose connection is being tried."""
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _watching: asyncio.Task[None] | None = None
@@ -167,34 +181,54 @@ class InstanceSet:
 
     def inhibit(self, instance_id: int) -> None:
         """Leave an instance out of choices for DYN_RUNTIME_INHIBITED_DURATION_SECS."""
-        if self._inhibited_s <= 0 or instance_id not in self.targets or instance_id in self._inhibited:
+        known = instance_id in self._inhibited and instance_id not in self._probed
+        if self._inhibited_s <= 0 or instance_id not in self.targets or known:
             return
+        self._probed.discard(instance_id)
         loop = asyncio.get_running_loop()
-        self._inhibited[instance_id] = loop.call_later(self._inhibited_s, self._lift, instance_id)
+        self._inhibited[instance_id] = loop.call_later(self._inhibited_s, self._expire, instance_id)
         self._tell()
 
     def inhibit_address(self, host_port: str) -> None:
-        """The connection to a process broke: leave out all its instances."""
+        """A connection broke or could not be made: leave out all instances there until one can."""
         for instance_id, target in tuple(self.targets.items()):
-            if target.host_port == host_port:
+            if target.host_port == host_port and self._inhibited_s > 0:
+                self._unreachable.add(instance_id)
                 self.inhibit(instance_id)
+
+    def connected(self, host_port: str) -> None:
+        """A worker process has greeted us: its instances are reachable."""
+        for instance_id, target in tuple(self.targets.items()):
+            if target.host_port == host_port and instance_id in self._unreachable:
+                self._unreachable.discard(instance_id)
+                if instance_id in self._probed:
+                    self._lift(instance_id)
+                    self._tell()
 
     def leaving(self, paths: list[str]) -> None:
         """A worker said these take no more requests: leave them out until discovery says anything new."""
         gone = [instance_id for instance_id, target in self.targets.items() if target.path in paths]
         for instance_id in gone:
-            timer = self._inhibited.get(instance_id)
-            if timer is not None:
-                timer.cancel()
+            self._lift(instance_id)
             self._inhibited[instance_id] = None
         if gone:
+            self._tell()
+
+    def _expire(self, instance_id: int) -> None:
+        if instance_id in self._unreachable:
+            # A stopped or cut off process would take a request and never answer: try it before any request does.
+            self._probed.add(instance_id)
+            self.connections.probe(self.targets[instance_id].host_port)
+        else:
+            self._lift(instance_id)
             self._tell()
 
     def _lift(self, instance_id: int) -> None:
         timer = self._inhibited.pop(instance_id, None)
         if timer is not None:
             timer.cancel()
-        self._tell()
+        self._unreachable.discard(instance_id)
+        self._probed.discard(instance_id)
 
     # --- discovery
 
@@ -216,17 +250,15 @@ class InstanceSet:
             log.warning("ignoring the instance record %s: %s", key, e)
             self._delete(key)
             return
-        timer = self._inhibited.pop(target.instance_id, None)
-        if timer is not None:
-            timer.cancel()
+        self._lift(target.instance_id)
         known = self.targets.get(target.instance_id)
         if known is None:
             self.targets[target.instance_id] = target
-            self.on_address(target.host_port, True)
+            self.connections.use(target.host_port, True)
             return
         if known.host_port != target.host_port:
-            self.on_address(target.host_port, True)
-            self.on_address(known.host_port, False)
+            self.connections.use(target.host_port, True)
+            self.connections.use(known.host_port, False)
         known.instance, known.host_port, known.path = target.instance, target.host_port, target.path
 
     def _delete(self, key: str) -> None:
@@ -235,11 +267,9 @@ class InstanceSet:
         except ValueError:
             return
         target = self.targets.pop(instance_id, None)
-        timer = self._inhibited.pop(instance_id, None)
-        if timer is not None:
-            timer.cancel()
+        self._lift(instance_id)
         if target is not None:
-            self.on_address(target.host_port, False)
+            self.connections.use(target.host_port, False)
 
     def _tell(self) -> None:
         self.available = [t for i, t in sorted(self.targets.items()) if i not in self._inhibited]
