@@ -199,7 +199,7 @@ class _Families:
 
 
 class EndpointMetrics:
-    """The counters of one endpoint, bound once: what `dynamo.runtime.server.RouteStats` asks for.
+    """The counters of one endpoint, bound once: what `dynamo.runtime.routes.RouteStats` asks for.
 
     Each call costs well under 1 µs (`benchmarks/metrics.py`).
     """
@@ -325,10 +325,6 @@ class WorkHandlerMetrics(_Group):
         )
 
     @cached_property
-    def queue_depth(self) -> Gauge:
-        return self._gauge(names.work_handler.QUEUE_DEPTH, "Requests that arrived and have not started")
-
-    @cached_property
     def enqueue_rejected(self) -> Counter:
         return self._counter(
             names.work_handler.ENQUEUE_REJECTED_TOTAL, "Requests refused because the endpoint was closing"
@@ -339,18 +335,6 @@ class RequestPlaneMetrics(_Group):
     """The calling side of the request plane: `dynamo_request_plane_*`."""
 
     prefix = names.name_prefix.REQUEST_PLANE
-
-    @cached_property
-    def queue_seconds(self) -> Histogram:
-        return self._histogram(
-            names.request_plane.QUEUE_SECONDS, "Seconds from the call to the send", buckets.TRANSIT_SECONDS
-        )
-
-    @cached_property
-    def send_seconds(self) -> Histogram:
-        return self._histogram(
-            names.request_plane.SEND_SECONDS, "Seconds to hand a request to the socket", buckets.TRANSIT_SECONDS
-        )
 
     @cached_property
     def roundtrip_ttft(self) -> Histogram:
