@@ -17,8 +17,8 @@ from dynamo.runtime.handlers import UserHandler, bidirectional_handler, push_han
 from dynamo.runtime.health import Canary, canary_for, canary_options
 from dynamo.runtime.instances import instance_record
 from dynamo.runtime.metrics import EndpointMetrics, ScopedMetrics
+from dynamo.runtime.routes import Route
 from dynamo.runtime.selection import RouterMode
-from dynamo.runtime.server import Route
 from dynamo.runtime.streams import PushHandler
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from dynamo.runtime import wire
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import CancelLevel, Context
 from dynamo.runtime.errors import Cancelled, DynamoException
-from dynamo.runtime.server import ServerStream
+from dynamo.runtime.routes import ServerStream
 from dynamo.runtime.streams import PushHandler, ResponseStream
 
 log = logging.getLogger(__name__)
