@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,15 @@ def vllm_answers(weights_dir: Path, lora_dir: Path, tmp_path_factory: pytest.Tem
     assert done.returncode == 0, done.stderr[-4000:]
     answers: dict[str, Any] = json.loads(out.read_bytes())
     return answers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_restored() -> Iterator[None]:
+    """Settling a machine for vLLM, and vLLM itself, set variables that other rooms' tests must not see."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @dataclass

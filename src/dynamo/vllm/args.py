@@ -138,12 +138,13 @@ def engine_options(words: Words) -> VllmOptions:
     return VllmOptions(
         engine_args=args,
         served_model_names=[names] if isinstance(names, str) else list(names),
-        lora_modules=_lora_modules(words),
+        lora_modules=lora_modules(words),
         given=given,
     )
 
 
-def _lora_modules(words: Words) -> dict[str, str]:
+def lora_modules(words: Words) -> dict[str, str]:
+    """The adapters to serve, by name. Ends the program with one line for a word that is not NAME=DIR."""
     modules: dict[str, str] = {}
     for word in words.options.lora_modules:
         name, equals, path = word.partition("=")

@@ -53,7 +53,7 @@ class KvEventDecoder:
             batch = msgspec.msgpack.decode(payload)
             events = batch[1]
             decoded = [self._event(_as_map(event)) for event in events]
-        except (msgspec.DecodeError, IndexError, KeyError, TypeError) as error:
+        except (msgspec.DecodeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a batch of KV events: {error!r}") from error
         return [event for event in decoded if event is not None]
 
