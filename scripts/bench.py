@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""How does this compare with the peer, and what does each part cost? Writes docs/reference/benchmarks.md.
+
+usage: scripts/bench.py [--rounds 3] [--only peer|own] [--peer PYTHON] [--render]
+
+Runs ../shared/bench/compare.py, which measures this project's frontend and ai-dynamo's in turn with the same command
+lines and load (its environment is made in build/peer the first time), then the benchmarks of this repository. Raw
+results are kept in build/bench; --render writes the page from them without measuring again. Measure on a machine that
+does nothing else.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "bench"
+RESULTS = ROOT / "build" / "bench"
+PEER = ROOT / "build" / "peer"
+PAGE = ROOT / "docs" / "reference" / "benchmarks.md"
+COMPARE_TIMEOUT_S = 3600.0
+OWN_TIMEOUT_S = 1800.0
+
+SCENARIOS = {
+    "stream": "500 requests on 64 connections, 200 words in, 200 tokens out",
+    "crowd": "1000 requests on 256 connections, 200 words in, 200 tokens out",
+    "unary": "4000 requests on 64 connections, 50 words in, 1 token out, no streaming",
+    "long": "400 requests on 16 connections, 6000 words in, 4 tokens out",
+    "shared": "400 requests on 16 connections, 5800 shared and 200 own words in, 4 tokens out",
+    "single": "300 requests, one after the other, 20 words in, 1 token out, no streaming",
+}
+GOALS = {"stream": 0.30, "crowd": 0.45, "unary": 0.30, "long": 0.75, "shared": 0.30, "single": 0.15}
+
+OWN: dict[str, list[str]] = {
+    "request_plane": ["--streams", "64", "--steps", "2000", "--step-ms", "4"],
+    "event_plane": [],
+    "preprocess": [],
+    "metrics": [],
+    "mocker": [],
+    "http_server": [],
+    "vllm_server": [],
+}
+"""Programs in benchmarks/ and their arguments; one that is not there is left out."""
+
+
+def main() -> int:
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--only", choices=("peer", "own"))
+    ap.add_argument("--peer", type=Path, help="an interpreter that has the peer (default: made in build/peer)")
+    ap.add_argument("--render", action="store_true", help="write the page from the last results")
+    a = ap.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if not a.render:
+        if a.only != "own":
+            compare(a.rounds, a.peer)
+        if a.only != "peer":
+            for name, words in OWN.items():
+                run_own(name, words)
+    PAGE.write_text(page())
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+    return 0
+
+
+def compare(rounds: int, peer: Path | None) -> None:
+    """Measure both sides, or say why not."""
+    if not (SHARED / "compare.py").exists():
+        print(f"skipped: the comparison with the peer needs {SHARED}, which is not there", flush=True)
+        return
+    if peer is None and not (PEER / "bin" / "python").exists():
+        print("making the peer's environment in build/peer (minutes)", flush=True)
+        subprocess.run([SHARED / "setup_peer.sh", PEER], check=True, timeout=COMPARE_TIMEOUT_S)
+    from dynamo.cli.demo_model import make_demo_model
+
+    model = make_demo_model(ROOT / "build" / "demo-model")
+    peer = peer or PEER / "bin" / "python"
+    words: list[str | Path] = [SHARED / "compare.py", "--ours", sys.executable, "--peer", peer, "--model-path", model]
+    words += ["--router-mode", "round-robin", "--rounds", str(rounds), "--json", RESULTS / "compare.json"]
+    started = time.time()
+    subprocess.run([sys.executable, *words], check=True, timeout=COMPARE_TIMEOUT_S)
+    (RESULTS / "compare.about.json").write_text(json.dumps(about() | {"rounds": rounds, "minutes": _minutes(started)}))
+
+
+def run_own(name: str, words: list[str]) -> None:
+    """Run one of our own benchmarks and keep what it prints."""
+    program = ROOT / "benchmarks" / f"{name}.py"
+    if not program.exists():
+        return
+    command = " ".join(["python", f"benchmarks/{name}.py", *words])
+    print(f"\n$ {command}", flush=True)
+    try:
+        done = subprocess.run(
+            [sys.executable, program, *words], cwd=ROOT, capture_output=True, text=True, timeout=OWN_TIMEOUT_S
+        )
+        text = done.stdout + (done.stderr[-2000:] if done.returncode else "")
+    except subprocess.TimeoutExpired:
+        text = f"not finished after {OWN_TIMEOUT_S:.0f} s"
+    print(text, flush=True)
+    question = program.read_text().split('"""', 2)[1].strip().splitlines()[0]
+    result = {"question": question, "command": command, "text": text.rstrip(), **about()}
+    (RESULTS / f"{name}.json").write_text(json.dumps(result))
+
+
+def about() -> dict[str, Any]:
+    """When and where."""
+    revision = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    return {
+        "date": datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d"),
+        "revision": revision.strip(),
+        "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores, Linux {platform.release()}",
+        "python": platform.python_version(),
+        "uvloop": version("uvloop"),
+    }
+
+
+def _cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def _minutes(started: float) -> int:
+    return round((time.time() - started) / 60)
+
+
+def _kept(name: str) -> Any:
+    try:
+        return json.loads((RESULTS / f"{name}.json").read_text())
+    except OSError:
+        return None
+
+
+def page() -> str:
+    """The page, from what is kept."""
+    parts = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`; do not edit. A benchmark, its command and its last result stand together.",
+        "",
+    ]
+    parts += peer_part(_kept("compare"), _kept("compare.about"))
+    for name in OWN:
+        if (kept := _kept(name)) is not None:
+            parts += [f"## {kept['question']}", "", f"`{kept['command']}`, {_where(kept)}:", ""]
+            parts += ["```", kept["text"], "```", ""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _where(about: dict[str, Any]) -> str:
+    return f"{about['date']}, revision {about['revision']}, {about['machine']}, Python {about['python']}"
+
+
+def peer_part(report: dict[str, Any] | None, about: dict[str, Any] | None) -> list[str]:
+    """The comparison, as two tables."""
+    head = ["## Beside ai-dynamo 1.6.1", ""]
+    if report is None or about is None:
+        return [*head, "Not measured on this machine yet.", ""]
+    scenarios = report["scenarios"]
+    head += [
+        "The same command lines, load generator and machine, in turn, in one run: a frontend with `--router-mode",
+        "round-robin` and 8 mock workers without delays. CPU is that of the frontend's whole process tree, by event",
+        f"for streams and by request otherwise. Medians of {about['rounds']} rounds; {_where(about)},",
+        f"uvloop {about['uvloop']}. Times are p50 / p99.",
+        "",
+        f"The floor, one loopback `send` of 230 bytes on this machine in the same run: {report['floor_us']} µs.",
+        "",
+        "| scenario | measure | ours | peer | ours / peer | goal |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    rows = [_row(name, row) for name, row in scenarios.items()]
+    detail = [
+        "",
+        "| scenario | side | CPU µs | memory MB | requests/s | events/s | TTFT ms | latency ms | errors |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in scenarios.items():
+        detail += [_detail(name, side, row[side]) for side in ("ours", "peer") if side in row]
+    loads = ["", *(f"- **{name}**: {SCENARIOS[name]}" for name in scenarios), ""]
+    return [*head, *rows, *detail, *loads]
+
+
+def _row(name: str, row: dict[str, Any]) -> str:
+    goal = GOALS[name]
+    if name == "single":
+        measure, key = "latency p50, ms", "lat_p50"
+    else:
+        measure, key = f"frontend CPU, µs by {row['ours']['unit']}", "cpu_us"
+    ours = row["ours"][key]
+    if "peer" not in row:
+        return f"| {name} | {measure} | {_number(ours)} | | | ≤ {goal:.2f} |"
+    peer = row["peer"][key]
+    ratio = ours / peer
+    mark = "" if ratio <= goal else " (missed)"
+    return f"| {name} | {measure} | {_number(ours)} | {_number(peer)} | **{ratio:.2f}**{mark} | ≤ {goal:.2f} |"
+
+
+def _detail(name: str, side: str, r: dict[str, Any]) -> str:
+    return (
+        f"| {name} | {side} | {_number(r['cpu_us'])} | {r['frontend_rss_mb']:.0f} | {r['rps']:.0f} | "
+        f"{r['events_per_s']:.0f} | {_number(r['ttft_p50'])} / {_number(r['ttft_p99'])} | "
+        f"{_number(r['lat_p50'])} / {_number(r['lat_p99'])} | {r['errs']} |"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
