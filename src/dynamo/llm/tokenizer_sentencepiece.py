@@ -170,9 +170,13 @@ class SentencePieceBackend:
     def load(cls, path: Path, config: TokenizerConfig) -> "SentencePieceBackend":
         """Raises InvalidArgument naming the file if the library refuses it."""
         try:
-            return cls(path.read_bytes(), config)
+            model = path.read_bytes()
         except OSError as e:
             raise InvalidArgument(f"cannot read {path}: {e.strerror or e}") from e
+        if not model:  # which the library takes for a model and then has none
+            raise InvalidArgument(f"{path} is not a SentencePiece model: it is empty; fetch the file again")
+        try:
+            return cls(model, config)
         except RuntimeError as e:
             raise InvalidArgument(f"{path} is not a SentencePiece model: {e}; fetch the file again") from e
 
