@@ -507,6 +507,16 @@ def test_nats_is_said_to_come_later() -> None:
         choose_event_plane("nats")
 
 
+@pytest.mark.parametrize("host", ["localhost", "0.0.0.0", "lo"])
+async def test_a_publisher_binds_and_advertises_the_host_it_is_told(
+    runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.setenv("DYN_EVENT_PLANE_HOST", host)
+    async with pair(runtime) as (publisher, subscriber):
+        assert subscriber.publishers == {publisher.publisher_id: True}
+    assert await runtime.discovery.get_prefix("v1/event_channels/") == {}
+
+
 async def test_a_host_that_cannot_be_bound_is_named(
     runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,11 @@ ZeroMQ's own sockets are used from the loop's callbacks: `zmq.asyncio` costs a f
 times as much (`benchmarks/event_plane.py`).
 """
 
+import asyncio
+import contextlib
+import ipaddress
 import os
+import socket
 import struct
 from typing import Any, Final
 
@@ -24,6 +28,7 @@ MAX_EVENT_BYTES: Final = 32 << 20  # the request plane's limit; a larger one clo
 DEFAULT_HWM: Final = 10_000  # events held for one slow subscriber; at 1 KB each 10 MB
 HEARTBEAT_MS: Final = 2000  # as the request plane's pings
 HEARTBEAT_TIMEOUT_MS: Final = 6000  # a silent peer is given up after this
+RESOLVE_TIMEOUT_S: Final = 5.0  # for the name of a host
 
 NOBLOCK: Final = zmq.NOBLOCK
 MORE: Final = zmq.NOBLOCK | zmq.SNDMORE
@@ -66,11 +71,24 @@ def zmq_socket(kind: int) -> zmq.Socket[bytes]:
     if pid not in _contexts:
         # One thread moves some hundred MB a second; more only help many publishers of one process.
         _contexts[pid] = zmq.Context(io_threads=_whole("DYN_ZMQ_IO_THREADS", 1, 64))
-    socket = _contexts[pid].socket(kind)
-    socket.set(zmq.SNDHWM if kind == zmq.PUB else zmq.RCVHWM, hwm)
-    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-    return socket
+    made = _contexts[pid].socket(kind)
+    made.set(zmq.SNDHWM if kind == zmq.PUB else zmq.RCVHWM, hwm)
+    made.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    made.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    return made
+
+
+async def numeric_host(host: str) -> str:
+    """The host's address: ZeroMQ binds no names. What does not resolve within 5 s is given back as it is."""
+    with contextlib.suppress(ValueError):
+        ipaddress.ip_address(host)
+        return host
+    try:
+        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+            found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except (OSError, TimeoutError):
+        return host  # may be the name of an interface, which can be bound, or come to resolve when ZeroMQ tries again
+    return str(found[0][4][0])
 
 
 def _whole(variable: str, default: int, greatest: int) -> int:

@@ -29,6 +29,7 @@ from dynamo.runtime.zmq_channel import (
     MORE,
     NOBLOCK,
     Channel,
+    numeric_host,
     zmq_socket,
 )
 
@@ -73,7 +74,7 @@ class ZmqPublisher:
             raise CannotConnect(f"cannot listen for subscribers on {host!r} (DYN_EVENT_PLANE_HOST): {e}") from e
         bound = self._socket.get(zmq.LAST_ENDPOINT)
         assert isinstance(bound, bytes)
-        _, port = split_host_port(bound.rstrip(b"\0").decode().removeprefix("tcp://"))
+        host, port = split_host_port(bound.rstrip(b"\0").decode().removeprefix("tcp://"))
         self.endpoint = f"tcp://{join_host_port(advertised_host(host), port)}"
         self._record = msgspec.json.encode(Channel.of(scope, topic, publisher_id, self.endpoint))
 
@@ -87,7 +88,7 @@ class ZmqPublisher:
         if not 0 <= publisher_id < 1 << 64:
             raise ValueError(f"publisher_id {publisher_id} must be from 0 to 2**64 - 1")
         host = os.environ.get("DYN_EVENT_PLANE_HOST", "").strip().strip("[]") or "127.0.0.1"
-        publisher = cls(metrics, scope, topic, publisher_id, host)
+        publisher = cls(metrics, scope, topic, publisher_id, await numeric_host(host))
         try:
             await discovery.put(publisher._key, publisher._record)
         except BaseException:

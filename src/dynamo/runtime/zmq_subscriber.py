@@ -6,9 +6,7 @@ there, checks each publisher's sequence, and calls the listener or fills the ite
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
-import socket
 import struct
 from collections import deque
 from typing import Final, Self
@@ -22,7 +20,7 @@ from dynamo.runtime.discovery import Delete, Discovery
 from dynamo.runtime.events import EVENT_CHANNELS, Event, EventScope, Irregularity, Listeners, SequenceCheck
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
-from dynamo.runtime.zmq_channel import FRAME_VERSION, HEAD, MAX_EVENT_BYTES, NOBLOCK, Channel, zmq_socket
+from dynamo.runtime.zmq_channel import FRAME_VERSION, HEAD, MAX_EVENT_BYTES, NOBLOCK, Channel, numeric_host, zmq_socket
 
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
@@ -32,7 +30,6 @@ RECONNECT_MAX_MS: Final = 2000  # a dead publisher's record goes after 10 s; unt
 EVENTS_A_TURN: Final = 256  # then the loop's other callbacks get their turn
 UNREAD_EVENTS: Final = 1024  # held for an iterator that is behind; then the socket's own queue fills
 UNCONNECTED_WARNING_S: Final = 5.0  # a publisher in discovery whose address does not answer for this long
-RESOLVE_TIMEOUT_S: Final = 5.0  # for the name of a publisher's host
 
 FRAMES: Final = 4
 _MONITOR: Final = struct.Struct("=HI")  # what happened to a connection, and a detail (zmq_socket_monitor(3))
@@ -336,18 +333,6 @@ class ZmqSubscriber:
 
 
 async def _numeric(endpoint: str) -> str:
-    """The address with its host's name resolved: ZeroMQ reports connections by number, and would block to resolve.
-
-    A name that does not resolve within 5 s is given back as it is, for ZeroMQ to try again and again.
-    """
+    """The address with its host's name resolved: ZeroMQ reports connections by number, and would block to resolve."""
     host, port = split_host_port(endpoint.removeprefix("tcp://"))
-    with contextlib.suppress(ValueError):
-        ipaddress.ip_address(host)
-        return endpoint
-    loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, TimeoutError):
-        return endpoint
-    return f"tcp://{join_host_port(str(found[0][4][0]), port)}"
+    return f"tcp://{join_host_port(await numeric_host(host), port)}"
