@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_ENDPOINT = "http://localhost:4318"  # where a collector listens for OTLP over HTTP
 GRPC_PORT = 4317  # where collectors take gRPC, which is not spoken here
-EXPORT_TIMEOUT_S = 10  # per attempt to reach the collector; OpenTelemetry's own default
+EXPORT_TIMEOUT_S = 5  # for all attempts to send a batch: how long a dead collector can hold up the end of a process
 
 _PLAIN = (str, bool, int, float)
 _formatter = logging.Formatter()
