@@ -62,6 +62,8 @@ class Answer(ABC):
         self.metrics = metrics
         self.limits = limits
         self.streams: list[EngineStream] = []
+        self.unfinished = 0
+        """Streams that have not ended."""
         self.done: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
         self.closed = False
         """Nothing more will be written: the answer ended, failed, or lost its client."""
@@ -69,7 +71,6 @@ class Answer(ABC):
         self.active_at = perf_counter()
         """When a worker last gave a sign of life."""
         self.dispatched_at = 0.0
-        self._received_ms = time.time() * 1e3 - (perf_counter() - meter.received_at) * 1e3
 
     # --- what a worker's stream calls
 
@@ -83,7 +84,8 @@ class Answer(ABC):
 
     def stream_ended(self) -> None:
         """One prompt is answered."""
-        if not self.closed and all(stream.ended for stream in self.streams):
+        self.unfinished -= 1
+        if not self.unfinished and not self.closed:
             self.complete()
 
     def fail(self, error: DynamoException) -> None:
@@ -162,16 +164,19 @@ class Answer(ABC):
     @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens found in prefix caches, None if no engine told."""
-        known = [count for stream in self.streams if (count := stream.cached_tokens) is not None]
-        return sum(known) if known else None
+        total = None
+        for stream in self.streams:
+            if (count := stream.cached_tokens) is not None:
+                total = (total or 0) + count
+        return total
 
     def usage(self) -> dict[str, Any]:
         """Token counts so far."""
-        return usage_body(
-            sum(stream.prompt_tokens for stream in self.streams),
-            sum(stream.completion_tokens for stream in self.streams),
-            self.cached_tokens,
-        )
+        prompt = completion = 0
+        for stream in self.streams:
+            prompt += stream.prompt_tokens
+            completion += stream.completion_tokens
+        return usage_body(prompt, completion, self.cached_tokens)
 
     def worker_fields(self) -> dict[str, Any]:
         """The `worker_id` object of nvext [N12]: which worker did the prefill, which the decode."""
@@ -187,11 +192,12 @@ class Answer(ABC):
     def timing(self) -> dict[str, float]:
         """The `timing` object of nvext [N12], in milliseconds since the handler was entered."""
         start = self.meter.received_at
-        fields: dict[str, float] = {"request_received_ms": int(self._received_ms)}
+        now = perf_counter()
+        fields: dict[str, float] = {"request_received_ms": int((time.time() - (now - start)) * 1e3)}
         if self.dispatched_at:
             fields["prefill_wait_time_ms"] = (self.dispatched_at - start) * 1e3
         if first := self.meter.first_token_at:
             fields["prefill_time_ms"] = (first - self.dispatched_at) * 1e3
             fields["ttft_ms"] = (first - start) * 1e3
-        fields["total_time_ms"] = (perf_counter() - start) * 1e3
+        fields["total_time_ms"] = (now - start) * 1e3
         return fields

@@ -166,8 +166,10 @@ class EngineStream:
         if self._unfinished:
             return
         self.ended = True
-        if any(choice.decoder.stopped_early for choice in self._choices):
-            self.context.stop_generating()
+        for each in self._choices:
+            if each.decoder.stopped_early:
+                self.context.stop_generating()
+                break
         self._note_worker()
         self._answer.stream_ended()
 
@@ -202,12 +204,18 @@ class EngineStream:
     @property
     def completion_tokens(self) -> int:
         """Tokens made so far, hidden ones too."""
-        return sum(choice.decoder.completion_tokens for choice in self._choices)
+        count = 0
+        for choice in self._choices:
+            count += choice.decoder.completion_tokens
+        return count
 
     @property
     def cached_tokens(self) -> int | None:
         """Prompt tokens the worker had cached, if it told."""
-        return next((c.decoder.cached_tokens for c in self._choices if c.decoder.cached_tokens is not None), None)
+        for choice in self._choices:
+            if choice.decoder.cached_tokens is not None:
+                return choice.decoder.cached_tokens
+        return None
 
     def _note_worker(self) -> None:
         meter = self._answer.meter
@@ -218,7 +226,7 @@ class EngineStream:
         self._answer.metrics.roundtrip_seconds.observe(first - self.dispatched_at)
         self._answer.metrics.worker_answered(
             self.instance_id,
-            "none" if self.dp_rank is None else str(self.dp_rank),
+            self.dp_rank,
             self.prompt_tokens,
             first - self.dispatched_at,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,

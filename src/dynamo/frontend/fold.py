@@ -50,6 +50,8 @@ class Fold:
     @property
     def text(self) -> str:
         """The whole text."""
+        if len(self._texts) == 1:
+            return self._texts[0]
         return "".join(self._texts)
 
     @property

@@ -34,7 +34,7 @@ class FrontendMetrics:
         self._registry = registry
         self._prefix = prefix
         self._models: dict[str, ModelSeries] = {}
-        self._worker_ranks: dict[int, set[str]] = {}
+        self._workers: dict[tuple[int, int | None], tuple[Gauge, Gauge, Gauge]] = {}
         model = ("model",)
         request = ("model", "endpoint", "request_type")
         self.requests = self._counter("requests_total", "LLM requests answered", *request, "status", "error_type")
@@ -87,19 +87,30 @@ class FrontendMetrics:
         """An error was answered."""
         self.failures.labels(failure_class, reason).value += 1
 
-    def worker_answered(self, worker_id: int, dp_rank: str, prompt_tokens: int, ttft_s: float, itl_s: float) -> None:
-        """A worker finished a request; `itl_s` is the mean of the request."""
-        self._worker_ranks.setdefault(worker_id, set()).add(dp_rank)
-        labels = (str(worker_id), dp_rank, "decode")
-        self.worker_ttft.labels(*labels).value = ttft_s
-        self.worker_isl.labels(*labels).value = prompt_tokens
+    def worker_answered(
+        self, worker_id: int, dp_rank: int | None, prompt_tokens: int, ttft_s: float, itl_s: float
+    ) -> None:
+        """A worker finished a request; `itl_s` is the mean of the request, 0 if it made one token only."""
+        gauges = self._workers.get((worker_id, dp_rank))
+        if gauges is None:
+            labels = (str(worker_id), "none" if dp_rank is None else str(dp_rank), "decode")
+            gauges = (
+                self.worker_ttft.labels(*labels),
+                self.worker_isl.labels(*labels),
+                self.worker_itl.labels(*labels),
+            )
+            self._workers[worker_id, dp_rank] = gauges
+        gauges[0].value = ttft_s
+        gauges[1].value = prompt_tokens
         if itl_s:
-            self.worker_itl.labels(*labels).value = itl_s
+            gauges[2].value = itl_s
 
     def forget_worker(self, worker_id: int) -> None:
         """Drop the series of a worker that left."""
-        for dp_rank in self._worker_ranks.pop(worker_id, ()):
-            pairs = (("worker_id", str(worker_id)), ("dp_rank", dp_rank), ("worker_type", "decode"))
+        for key in [key for key in self._workers if key[0] == worker_id]:
+            del self._workers[key]
+            rank = "none" if key[1] is None else str(key[1])
+            pairs = (("worker_id", str(worker_id)), ("dp_rank", rank), ("worker_type", "decode"))
             for family in (self.worker_ttft, self.worker_isl, self.worker_itl):
                 family.drop(pairs)
 

@@ -37,6 +37,8 @@ from dynamo.llm.protocols.openai import (
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import InvalidArgument
 
+_NOTHING: frozenset[str] = frozenset()
+
 ANNOTATIONS = ("formatted_prompt", "token_ids", "request_id")
 
 
@@ -90,7 +92,7 @@ class OpenAIRoutes:
             context = headers.make_context(found, self._limits.metadata_header)
             cast("HttpConnection", request.protocol).request_id = context.id()
             prepared = await self._prepare(workers, body, found)
-            plan = self._plan(body, prepared, context)
+            plan = self._plan(body, prepared, context, named_by_client="x-request-id" in found)
             answer = (StreamAnswer if body.stream else UnaryAnswer)(request, plan, meter, self._metrics, self._limits)
             sent = await self._run(answer, workers, prepared, context)
             error_type = answer.error_type
@@ -133,27 +135,36 @@ class OpenAIRoutes:
         body: ChatCompletionRequest | CompletionRequest,
         prepared: Sequence[Prepared],
         context: Context,
+        *,
+        named_by_client: bool,
     ) -> AnswerPlan:
         chat = isinstance(body, ChatCompletionRequest)
         choices = body.choices * len(prepared)
-        extra = frozenset(body.extra_fields)
+        ext, options = body.nvext, body.stream_options
+        extra = _NOTHING if ext is None else self._extra_fields(ext.extra_fields, choices)
+        wanted = ext.annotations if ext is not None and body.stream else None
+        own_id = headers.new_id() if named_by_client else context.id()
+        return AnswerPlan(
+            chat=chat,
+            response_id=f"{'chatcmpl' if chat else 'cmpl'}-{own_id}",
+            model=body.model,
+            created=int(time.time()),
+            choices=choices,
+            usage=self._limits.force_include_usage or bool(options and options.include_usage),
+            continuous_usage=bool(options and options.continuous_usage_stats),
+            extra_fields=extra,
+            annotations=_annotations(wanted, prepared, context) if wanted else (),
+            headers=(("x-request-id", context.id()),),
+        )
+
+    def _extra_fields(self, wanted: Sequence[str] | None, choices: int) -> frozenset[str]:
+        """What the answer's nvext shall hold. Raises InvalidArgument for what only one choice can have."""
+        extra = frozenset(wanted or ())
         if "completion_token_ids" in extra and choices != 1:
             raise InvalidArgument(
                 'Validation: nvext.extra_fields: "completion_token_ids" needs exactly one choice', "nvext.extra_fields"
             )
-        options = body.stream_options
-        return AnswerPlan(
-            chat=chat,
-            response_id=f"{'chatcmpl' if chat else 'cmpl'}-{headers.new_id()}",
-            model=body.model,
-            created=int(time.time()),
-            choices=choices,
-            usage=body.wants_usage or self._limits.force_include_usage,
-            continuous_usage=bool(options and options.continuous_usage_stats),
-            extra_fields=extra,
-            annotations=_annotations(body.annotations, prepared, context) if body.annotations else (),
-            headers=(("x-request-id", context.id()),),
-        )
+        return extra
 
     async def _run(self, answer: Answer, workers: WorkerSet, prepared: Sequence[Prepared], context: Context) -> Sent:
         """Send every prompt, and wait until the answer is written or has failed."""
@@ -164,6 +175,7 @@ class OpenAIRoutes:
             decoders = [one.decoder_for(i) for i in range(choices)]
             answer.streams.append(EngineStream(answer, workers, one.request, decoders, one.first_index, own))
             answer.meter.prompt(len(one.request.token_ids))
+        answer.unfinished = len(prepared)
         connection.listener = answer
         self._watchdog.add(answer)
         self._metrics.dispatched.value += 1

@@ -6,6 +6,7 @@ gives straight to the transport, because an answer assembled once costs a tenth 
 """
 
 import asyncio
+import functools
 import http
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -137,6 +138,14 @@ class _Date:
 _date = _Date()
 
 
+@functools.lru_cache(maxsize=256)  # statuses times content types times what the client speaks
+def _first_lines(status: int, content_type: str, framing: str, connection: str) -> bytes:
+    """Status line and the headers that are the same for many answers."""
+    return (
+        f"HTTP/1.1 {status} {reason_phrase(status)}\r\nContent-Type: {content_type}\r\n{connection}{framing}".encode()
+    )
+
+
 def head_bytes(
     request: web.BaseRequest,
     status: int,
@@ -150,18 +159,19 @@ def head_bytes(
 
     Header values must hold no CR or LF: they are constants, or were checked by `dynamo.frontend.headers`.
     """
-    lines = [f"HTTP/1.1 {status} {reason_phrase(status)}\r\nContent-Type: {content_type}\r\n"]
     old = request.version < (1, 1)
-    if length is not None:
-        lines.append(f"Content-Length: {length}\r\n")
-    elif not old:
-        lines.append("Transfer-Encoding: chunked\r\n")
+    connection = ""
     if not keep_alive:
-        lines.append("Connection: close\r\n")
+        connection = "Connection: close\r\n"
     elif old:
-        lines.append("Connection: keep-alive\r\n")
-    lines.extend(f"{name}: {value}\r\n" for name, value in headers)
-    return "".join(lines).encode("latin-1") + _date.now() + b"\r\n"
+        connection = "Connection: keep-alive\r\n"
+    framing = "Transfer-Encoding: chunked\r\n" if length is None and not old else ""
+    head = _first_lines(status, content_type, framing, connection)
+    if length is not None:
+        head += b"Content-Length: %d\r\n" % length
+    for name, value in headers:
+        head += f"{name}: {value}\r\n".encode("latin-1")
+    return head + _date.now() + b"\r\n"
 
 
 def answer(
@@ -188,16 +198,15 @@ async def read_body(request: web.BaseRequest, limit: int) -> bytes:
     Raises:
         RequestRefused: 413 if it is longer, 408 if it stalls, 400 if it breaks off or is badly framed or compressed.
     """
-    length = request.content_length
-    if length is not None and length > limit:
-        raise _too_large(limit)
     payload: StreamReader = request.content
     try:
-        if payload.is_eof():
+        if payload.is_eof():  # it came with its headers, as nearly all do
             body = payload.read_nowait(-1)
-            if len(body) > limit:  # a compressed body may be longer than it came
+            if len(body) > limit:
                 raise _too_large(limit)
             return body
+        if (request.content_length or 0) > limit:
+            raise _too_large(limit)
         if request.headers.get("Expect", "").lower() == "100-continue" and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         return await _read_pieces(payload, limit)

@@ -85,7 +85,7 @@ class UnaryAnswer(Answer):
 
 
 def _chat_choice(number: int, choice: Fold) -> dict[str, Any]:
-    calls = whole_calls(choice.tool_calls)
+    calls = whole_calls(choice.tool_calls) if choice.tool_calls else []
     text = choice.text
     message: dict[str, Any] = {"content": None if calls and not text else text, "refusal": None, "role": "assistant"}
     if calls:
