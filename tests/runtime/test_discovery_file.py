@@ -271,6 +271,7 @@ async def test_a_directory_removed_under_us_costs_nobody_his_instances(root: Pat
     assert await asyncio.wait_for(anext(changes), 5) == Put(KEY, b"x")
     shutil.rmtree(root)
     assert await asyncio.wait_for(anext(changes), 5) == Put(KEY, b"x")
+    assert len(list((root / "leases").iterdir())) == 1, "the lease file is there again too"
     await one.close()
     await other.close()
 

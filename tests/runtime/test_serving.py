@@ -15,6 +15,7 @@ from dynamo.runtime import (
     UnaryClient,
     dynamo_endpoint,
     serve_unary_endpoint,
+    tracing,
     wire,
 )
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument, StreamIncomplete, Unknown
@@ -160,6 +161,52 @@ async def test_requests_are_counted_by_endpoint(runtime: DistributedRuntime) -> 
     assert 'model="m"' in line
     assert line.endswith(" 1.0")
     assert runtime.health.snapshot().endpoints == {"generate": "ready"}
+
+
+async def test_an_endpoint_that_stops_answering_is_found_by_its_canary(
+    runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ENABLED", "true"), ("REQUEST_TIMEOUT", "0.2")):
+        monkeypatch.setenv(f"DYN_HEALTH_CHECK_{name}", value)
+    monkeypatch.setenv("DYN_CANARY_WAIT_TIME", "0.1")
+    held = Held()
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(held, health_check_payload={"n": 1})
+    assert runtime.health.ready
+    await until(lambda: not runtime.health.ready)
+    assert held.payloads[0] == {"n": 1, "_HEALTH_CHECK": True}
+    await until(lambda: held.stopped[:1] == ["kill"])  # what it asked for is not left in flight
+
+
+async def test_a_request_is_recorded_as_a_span_of_its_callers_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    spans: list[RecordedSpan] = []
+
+    class Recorder:
+        def start_span(self, name: str, parent: Any, attributes: Any, span_id: str | None) -> tracing.SpanProxy:
+            spans.append(RecordedSpan(parent._replace(span_id=span_id)))
+            spans[-1].name = name
+            return spans[-1]
+
+        def close(self, timeout_s: float) -> None: ...
+
+    monkeypatch.setattr(tracing, "_configured", True)
+    monkeypatch.setattr(tracing, "_recorder", Recorder())
+    async with caller() as worker:
+        await worker.endpoint(ENDPOINT).start_endpoint(_never)
+        context = Context()
+        client = await connect(worker)
+        assert [x async for x in await client.generate(1, annotated=False, context=context)] == [1]
+        [span] = spans
+        assert span.name.endswith(ENDPOINT.replace(".", "/"))
+        assert span.trace_id == context.trace_id
+        assert span.closed
+
+
+class RecordedSpan(tracing.SpanProxy):
+    name = ""
+    closed = False
+
+    def close(self) -> None:
+        self.closed = True
 
 
 # --- bidirectional

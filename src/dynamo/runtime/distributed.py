@@ -200,6 +200,7 @@ class DistributedRuntime:
 
     async def _leave(self) -> None:
         """Leave discovery, give callers time to learn it, admit nothing new, finish what is in flight."""
+        self.health.set_ready(False)
         served = tuple(self.served)
         for one in served:
             try:

@@ -37,9 +37,9 @@ _LOCK_WAIT_S = 2.0  # a claim takes milliseconds; whoever holds the lock longer 
 _SEGMENT = re.compile(r"[a-z0-9_]+")
 
 
-class _Lease(msgspec.Struct):
-    pid: int
-    keys: dict[str, int]  # key -> inode, so that a key somebody else has taken over is left alone
+_Line = tuple[str, int]
+"""A line of a lease file: a key, and the inode of its file, so that a key somebody else took over is left alone. 0: no
+longer held. The last line of a key counts."""
 
 
 @dataclass(slots=True)
@@ -105,14 +105,17 @@ class KeyDirectory:
             temporary = self._write_temporary(path.parent, value)
             try:
                 inode = temporary.stat().st_ino
+                self._note(key, inode)
                 if create and key not in self._mine:
                     self._claim(key, path, temporary)
                 else:
                     os.replace(temporary, path)
+            except (OSError, DiscoveryError):
+                self._note(key, self._mine[key][1] if key in self._mine else 0)
+                raise
             finally:
                 temporary.unlink(missing_ok=True)
             self._mine[key] = (value, inode)
-            self._write_lease()
         except OSError as e:
             raise explain(self.root, f"put {key}", e) from e
 
@@ -123,12 +126,13 @@ class KeyDirectory:
             return
         try:
             self._remove(self._path(key), held[1])
-            self._write_lease()
+            self._note(key, 0)
         except OSError as e:
             raise explain(self.root, f"delete {key}", e) from e
 
     def heartbeat(self) -> None:
         """Touch what is ours; put back what was swept away. Raises OSError if the directory cannot be used."""
+        self._renew_lease()
         for key, (value, inode) in tuple(self._mine.items()):
             path = self._path(key)
             try:
@@ -204,10 +208,12 @@ class KeyDirectory:
                     ) from None
                 os.replace(temporary, path)
 
-    def _remove(self, path: Path, inode: int) -> None:
+    def _remove(self, path: Path, inode: int) -> bool:
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == inode:
                 path.unlink()
+                return True
+        return False
 
     @contextlib.contextmanager
     def _directory_lock(self) -> Iterator[None]:
@@ -218,21 +224,25 @@ class KeyDirectory:
                 time.sleep(0.01)
             yield
 
-    def _write_lease(self) -> None:
-        directory = self.root / "leases"
-        directory.mkdir(mode=0o700, exist_ok=True)
-        lease = _Lease(os.getpid(), {key: inode for key, (_, inode) in self._mine.items()})
-        temporary = self._write_temporary(directory, msgspec.json.encode(lease))
-        fd = os.open(temporary, os.O_RDONLY)
-        try:
-            _try_lock(fd, fcntl.LOCK_EX)
-            os.replace(temporary, directory / self._lease_name)
-        except OSError:
-            os.close(fd)
-            raise
-        if self._lease_fd is not None:
+    def _note(self, key: str, inode: int) -> None:
+        """Append to the lease file, which is ours from before it has its name, and locked for as long as we live."""
+        if self._lease_fd is None:
+            directory = self.root / "leases"
+            directory.mkdir(mode=0o700, exist_ok=True)
+            temporary = directory / f".{self._lease_name}"
+            self._lease_fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+            _try_lock(self._lease_fd, fcntl.LOCK_EX)
+            os.rename(temporary, directory / self._lease_name)
+        os.write(self._lease_fd, msgspec.json.encode((key, inode)) + b"\n")
+
+    def _renew_lease(self) -> None:
+        """Somebody may have removed our lease file, with or without the whole directory: then begin a new one."""
+        if self._lease_fd is not None and not (self.root / "leases" / self._lease_name).exists():
             os.close(self._lease_fd)
-        self._lease_fd = fd
+            self._lease_fd = None
+            self._make(self.root / "leases")
+            for key, (_, inode) in self._mine.items():
+                self._note(key, inode)
 
     # --- reading
 
@@ -294,15 +304,15 @@ class KeyDirectory:
                 continue
 
     def _bury(self, content: bytes) -> None:
-        try:
-            lease = msgspec.json.decode(content, type=_Lease)
-        except msgspec.DecodeError:
-            return  # not one of ours; its keys, if any, end with their TTL
-        if lease.keys:
-            log.info("process %d is gone; removing its %d discovery keys", lease.pid, len(lease.keys))
-        for key, inode in lease.keys.items():
+        held: dict[str, int] = {}
+        for line in content.splitlines():
+            with contextlib.suppress(msgspec.DecodeError):  # a line cut short; its key ends with its TTL
+                key, inode = msgspec.json.decode(line, type=_Line)
+                held[key] = inode
+        for key, inode in held.items():
             with contextlib.suppress(DiscoveryError):
-                self._remove(self._path(key), inode)
+                if inode and self._remove(self._path(key), inode):
+                    log.info("removing %s: its process is gone", key)
 
     def _key_of(self, bucket: str, file: "os.DirEntry[str]") -> str | None:
         name = file.name
