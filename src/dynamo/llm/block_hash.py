@@ -127,13 +127,16 @@ def next_sequence_hash(parent: int | None, local: int) -> int:
     return local if parent is None else xxh3_64_intdigest(_PAIR.pack(parent, local), SEED)
 
 
-def sequence_hashes(local_hashes: Sequence[int]) -> list[int]:
-    """Chain local hashes: the first stays, each further is XXH3-64 of (the one before, its own local hash) [K2]."""
+def sequence_hashes(local_hashes: Sequence[int], parent: int | None = None) -> list[int]:
+    """Chain local hashes: the first stays, each further is XXH3-64 of (the one before, its own local hash) [K2].
+
+    `parent` is the sequence hash of the block before the first one, if there is one.
+    """
     digest, pack = xxh3_64_intdigest, _PAIR.pack
     chained: list[int] = []
     if not local_hashes:
         return chained
-    last = local_hashes[0]
+    last = local_hashes[0] if parent is None else digest(pack(parent, local_hashes[0]), SEED)
     chained.append(last)
     for local in local_hashes[1:]:
         last = digest(pack(last, local), SEED)

@@ -1,0 +1,443 @@
+"""Who holds the longest prefix of this prompt?
+
+A sequence hash names a block with everything before it, so whoever holds a block can only use it if it holds all the
+blocks before. Along a prompt the sets of holders therefore only shrink, and where they do is found by bisection: in
+some ten looks, however long the prompt is and however many blocks there are.
+
+A holder *reaches* a block that it holds, and every block before one that it holds. One that it reaches without
+holding it is a hole: its match ends there, though what it holds behind is kept and counts again once the hole is
+filled. Engines evict ends first, so holes are rare; they are counted apart and cost nothing while there are none.
+"""
+
+import struct
+from array import array
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router.run_tree import Run, RunTree, shared_length
+
+MEMBERS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
+MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
+
+H = TypeVar("H", bound=Hashable)
+
+
+class UnknownParentError(LookupError):
+    """The holder does not hold the block that these blocks follow."""
+
+
+class Level(NamedTuple):
+    """The holders in the set `mask` match at least `blocks` blocks of the prompt."""
+
+    blocks: int
+    mask: int
+
+
+class HeldRun(NamedTuple):
+    """Blocks in a row as `BlockIndex.runs` gives them. `parent` is the sequence hash before them."""
+
+    parent: int | None
+    sequence_hashes: list[int]
+    local_hashes: list[int]
+
+
+class _Slot(Generic[H]):
+    """What is known of one holder."""
+
+    __slots__ = ("aliases", "bit", "blocks", "holder", "holes", "names")
+
+    def __init__(self, holder: H, bit: int) -> None:
+        self.holder = holder
+        self.bit = bit
+        self.blocks = 0
+        """How many it holds, holes not counted."""
+        self.holes: set[int] = set()
+        self.names: dict[int, int] | None = None
+        """The engine's name of each block held -> sequence hash; None while they are all the same [K57]."""
+        self.aliases: dict[int, int] = {}
+        """Sequence hash -> how many names it has beyond one, if any."""
+
+
+class BlockIndex(Generic[H]):
+    """Which holders have which blocks, kept from what they say was stored and removed, in any order.
+
+    With `keep_contents` the local hashes are kept too, which `runs` then gives (8 bytes a block more).
+    """
+
+    def __init__(self, *, keep_contents: bool = False) -> None:
+        self._tree = RunTree(keep_contents)
+        self._slots: dict[H, _Slot[H]] = {}
+        self._by_bit: list[_Slot[H] | None] = []
+        self._free_bits: list[int] = []
+        self._holes: dict[int, int] = {}  # sequence hash -> who has a hole there
+        self._members: dict[int, tuple[H, ...]] = {}
+
+    # --- what is in it
+
+    def __len__(self) -> int:
+        """How many different blocks somebody reaches."""
+        return len(self._tree)
+
+    def __contains__(self, holder: H) -> bool:
+        return holder in self._slots
+
+    def holders(self) -> list[H]:
+        """Everybody who was added or has stored something, and has not been removed."""
+        return list(self._slots)
+
+    def blocks(self, holder: H) -> int:
+        """How many blocks a holder holds; 0 for an unknown one."""
+        slot = self._slots.get(holder)
+        return slot.blocks if slot is not None else 0
+
+    def holes(self, holder: H) -> frozenset[int]:
+        """The sequence hashes of blocks that a holder lacks before some that it holds."""
+        slot = self._slots.get(holder)
+        return frozenset(slot.holes) if slot is not None else frozenset()
+
+    def bit(self, holder: H) -> int:
+        """The set of this holder alone; 0 for an unknown one."""
+        slot = self._slots.get(holder)
+        return slot.bit if slot is not None else 0
+
+    def members(self, mask: int) -> tuple[H, ...]:
+        """The holders in a set."""
+        members = self._members.get(mask)
+        if members is None:
+            if len(self._members) >= MEMBERS_CACHED:
+                self._members.clear()
+            members = self._members[mask] = tuple(self._holders_in(mask))
+        return members
+
+    def _holders_in(self, mask: int) -> Iterator[H]:
+        while mask:
+            lowest = mask & -mask
+            slot = self._by_bit[lowest.bit_length() - 1]
+            assert slot is not None
+            yield slot.holder
+            mask ^= lowest
+
+    # --- finding
+
+    def find(self, sequence: Sequence[int]) -> dict[H, int]:
+        """How many leading blocks of a sequence each holder holds, for those that hold any."""
+        found: dict[H, int] = {}
+        for blocks, mask in self.levels(sequence):
+            found.update(dict.fromkeys(self.members(mask), blocks))
+        return found
+
+    def levels(self, sequence: Sequence[int]) -> list[Level]:
+        """How many leading blocks of a sequence holders hold: levels of rising length and shrinking sets."""
+        levels = self.reached(sequence)
+        if levels and self._holes:
+            holes = self.holes_in(sequence, levels)
+            if holes:
+                return _cut(levels, holes)
+        return levels
+
+    def reached(self, sequence: Sequence[int]) -> list[Level]:
+        """As `levels`, as if there were no holes. Takes about log2(length) looks a level."""
+        if not sequence:
+            return []
+        runs, id_of = self._tree.runs, self._tree.ids.get
+        levels: list[Level] = []
+        low, mask = 0, runs[id_of(sequence[0], 0)].mask
+        ahead = [(len(sequence), 0)]  # positions looked at already, with what was found, the nearest last
+        while mask:
+            high, further = ahead[-1]
+            if further == mask:
+                low = high
+                ahead.pop()
+            elif high - low == 1:
+                levels.append(Level(high, mask))
+                low, mask = high, further
+                ahead.pop()
+            else:
+                middle = (low + high) >> 1
+                ahead.append((middle, runs[id_of(sequence[middle], 0)].mask))
+        return levels
+
+    def holes_in(self, sequence: Sequence[int], levels: list[Level]) -> list[tuple[int, int]]:
+        """(position, who lacks the block there) in the part of a sequence that `levels` reach, by position."""
+        if not levels or not self._holes:
+            return []
+        reached = sequence[: levels[-1].blocks]
+        holed = self._holes.keys() & reached  # in C, and nearly always nothing
+        if not holed:
+            return []
+        lacking = ((i, self._holes[seq] & levels[0].mask) for i, seq in enumerate(reached) if seq in holed)
+        return [(i, mask) for i, mask in lacking if mask]
+
+    # --- storing
+
+    def add(self, holder: H) -> None:
+        """Know a holder before it has stored anything."""
+        self._slot(holder)
+
+    def _slot(self, holder: H) -> _Slot[H]:
+        slot = self._slots.get(holder)
+        if slot is None:
+            if not self._free_bits:
+                self._free_bits.append(len(self._by_bit))
+                self._by_bit.append(None)
+            number = self._free_bits.pop()
+            slot = self._slots[holder] = self._by_bit[number] = _Slot(holder, 1 << number)
+        return slot
+
+    def sequence_hash(self, holder: H, name: int) -> int | None:
+        """The sequence hash of the block that a holder holds under its engine's `name`; None if it holds none."""
+        slot = self._slots.get(holder)
+        return None if slot is None else self._resolve(slot, name)
+
+    def _resolve(self, slot: _Slot[H], name: int) -> int | None:
+        if slot.names is not None:
+            return slot.names.get(name)
+        if self._tree.run_of(name).mask & slot.bit and name not in slot.holes:
+            return name
+        return None
+
+    def store(self, holder: H, parent: int | None, names: list[int], local_hashes: list[int]) -> int:
+        """A holder has stored blocks in a row, the first after the block that its engine calls `parent`.
+
+        Returns how many of them it did not hold before.
+
+        Raises:
+            UnknownParentError: it does not hold `parent`; nothing was stored.
+            ValueError: a local hash is not an unsigned 64-bit number; nothing was stored.
+        """
+        if parent is None:
+            return self.store_after(holder, None, names, local_hashes)
+        above = self._resolve(self._slot(holder), parent)
+        if above is None:
+            raise UnknownParentError(f"{holder} does not hold the parent block {parent}")
+        return self.store_after(holder, above, names, local_hashes)
+
+    def store_after(self, holder: H, above: int | None, names: list[int], local_hashes: list[int]) -> int:
+        """As `store`, after the block with the sequence hash `above`, which anybody must reach."""
+        slot = self._slot(holder)
+        if not names:
+            return 0
+        if len(names) != len(local_hashes):
+            raise ValueError(f"blocks: {len(names)} names for {len(local_hashes)} local hashes")
+        try:
+            seqs = sequence_hashes(local_hashes, above)
+            array("Q", local_hashes[:1])  # the first of all is its own sequence hash: nothing has looked at it yet
+        except (struct.error, OverflowError, TypeError) as e:
+            raise ValueError(f"tokens_hash: not an unsigned 64-bit number: {e}") from e
+        if slot.names is None and names != seqs:
+            slot.names = self._own_names(slot)
+        fresh = self._reach(slot, above, seqs, local_hashes)
+        filled = self._fill_all(slot, seqs[:fresh]) if slot.holes else frozenset()
+        if slot.names is not None:
+            self._name(slot, slot.names, names, seqs, set(seqs[fresh:]) | filled)
+        added = len(seqs) - fresh + len(filled)
+        slot.blocks += added
+        if not self._tree.swept:
+            self.sweep(2 * len(seqs) + MIN_SWEPT)
+        return added
+
+    def _reach(self, slot: _Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
+        """Let a holder reach `seqs`. Returns the position from which on they are new to it."""
+        tree, bit, count = self._tree, slot.bit, len(seqs)
+        parent = tree.root if above is None else tree.run_of(above)
+        if above is not None and not parent.mask & bit:
+            parent = self._reach_back(slot, parent, above)
+        done, fresh = 0, count
+        run = tree.run_of(seqs[0])
+        while run.mask:
+            start = run.find(seqs[done])
+            length = shared_length(run.seqs, start, seqs, done)
+            if not run.mask & bit:
+                if start:  # it would reach the run if it reached a part of it, but for two blocks with one hash
+                    run = tree.split(run, start)[1]
+                if length < len(run.seqs):
+                    run = tree.split(run, length)[0]
+                run.mask |= bit
+                fresh = min(fresh, done)
+            parent = run
+            done += length
+            if done == count:
+                return fresh
+            run = tree.run_of(seqs[done])
+        rest, last = (seqs[done:], seqs[done - 1]) if done else (seqs, above)
+        tree.attach(parent, last, rest, local_hashes[done:], bit)
+        return min(fresh, done)
+
+    def _reach_back(self, slot: _Slot[H], run: Run, seq: int) -> Run:
+        """Let a holder reach a block that it does not hold, and all before it: holes, every one."""
+        end = run.find(seq) + 1
+        if end < len(run.seqs):
+            run = self._tree.split(run, end)[0]
+        ancestor = run
+        while ancestor is not self._tree.root and not ancestor.mask & slot.bit:
+            ancestor.mask |= slot.bit
+            for hole in ancestor.seqs:
+                self._dig(slot, hole)
+            ancestor = ancestor.parent
+        return run
+
+    # --- names
+
+    def _own_names(self, slot: _Slot[H]) -> dict[int, int]:
+        """The names of a holder whose blocks were all called by their sequence hashes so far."""
+        return {seq: seq for run in self._tree.reached(slot.bit) for seq in run.seqs if seq not in slot.holes}
+
+    def _name(
+        self, slot: _Slot[H], known: dict[int, int], names: list[int], seqs: list[int], unnamed: set[int]
+    ) -> None:
+        """Note what the engine calls blocks. A name names one block, the last; a block may have several names."""
+        if len(unnamed) == len(seqs) == len(set(names)) and known.keys().isdisjoint(names):
+            known.update(zip(names, seqs, strict=True))
+            return
+        renamed = []
+        for name, seq in zip(names, seqs, strict=True):
+            old = known.get(name)
+            if old == seq:
+                continue
+            known[name] = seq
+            if seq in unnamed:
+                unnamed.discard(seq)
+            else:
+                slot.aliases[seq] = slot.aliases.get(seq, 0) + 1
+            if old is not None:
+                renamed.append(old)
+        for old in renamed:
+            self._unname(slot, old)
+
+    def _unname(self, slot: _Slot[H], seq: int) -> None:
+        """A name of this block is gone; with its last one the block is."""
+        others = slot.aliases.get(seq, 0)
+        if others > 1:
+            slot.aliases[seq] = others - 1
+        elif others:
+            del slot.aliases[seq]
+        else:
+            self._release(slot, seq)
+
+    # --- removing
+
+    def remove(self, holder: H, names: Iterable[int]) -> int:
+        """A holder has dropped blocks; those that follow them stay. Returns how many of the names it did not hold."""
+        slot = self._slots.get(holder)
+        if slot is None:
+            return sum(1 for _ in names)
+        unknown = 0
+        for name in names:
+            seq = self._resolve(slot, name)
+            if seq is None:
+                unknown += 1
+            elif slot.names is None:
+                self._release(slot, seq)
+            else:
+                del slot.names[name]
+                self._unname(slot, seq)
+        return unknown
+
+    def _release(self, slot: _Slot[H], seq: int) -> None:
+        """A holder holds this block no longer. If it holds one behind it, that leaves a hole."""
+        run, bit = self._tree.run_of(seq), slot.bit
+        slot.blocks -= 1
+        if run.seqs[-1] != seq or (run.children and run.any_child_reached(bit)):
+            self._dig(slot, seq)
+            return
+        run = self._tree.drop_last(run, bit)
+        while slot.holes and run.mask & bit and run.seqs[-1] in slot.holes and not run.any_child_reached(bit):
+            self._fill(slot, run.seqs[-1])  # there is nothing behind it any more
+            run = self._tree.drop_last(run, bit)
+
+    def _dig(self, slot: _Slot[H], seq: int) -> None:
+        slot.holes.add(seq)
+        self._holes[seq] = self._holes.get(seq, 0) | slot.bit
+
+    def _fill(self, slot: _Slot[H], seq: int) -> None:
+        slot.holes.discard(seq)
+        mask = self._holes[seq] & ~slot.bit
+        if mask:
+            self._holes[seq] = mask
+        else:
+            del self._holes[seq]
+
+    def _fill_all(self, slot: _Slot[H], seqs: Iterable[int]) -> frozenset[int]:
+        """Fill the holes among these blocks; returns them."""
+        filled = frozenset(slot.holes.intersection(seqs))
+        for seq in filled:
+            self._fill(slot, seq)
+        return filled
+
+    # --- leaving
+
+    def clear(self, holder: H) -> None:
+        """A holder has dropped everything."""
+        if holder in self._slots:
+            self.remove_holder(holder)
+            self._slot(holder)
+
+    def remove_holder(self, holder: H) -> None:
+        """Forget a holder. Takes time by its runs; the blocks that only it held go bit by bit, in `sweep`."""
+        slot = self._slots.pop(holder, None)
+        if slot is None:
+            return
+        self._fill_all(slot, tuple(slot.holes))
+        self._tree.leave(slot.bit)
+        number = slot.bit.bit_length() - 1
+        self._by_bit[number] = None
+        self._free_bits.append(number)
+        self._members.clear()
+
+    def sweep(self, limit: int) -> bool:
+        """Free the memory of up to `limit` blocks of holders that left. Returns whether there are more.
+
+        Storing does so too, so this is only for whoever wants the memory back sooner.
+        """
+        self._tree.sweep(limit)
+        return not self._tree.swept
+
+    # --- giving an account
+
+    def runs(self, holder: H) -> list[HeldRun]:
+        """What a holder reaches, each run after the one before it. `holes` says what it does not hold of that.
+
+        Raises ValueError for an index that keeps no contents.
+        """
+        if not self._tree.keep_contents:
+            raise ValueError("keep_contents: this index has no local hashes; make it with keep_contents=True")
+        return [
+            HeldRun(
+                run.parent.seqs[-1] if run.parent.seqs else None,
+                run.seqs.tolist(),
+                run.locals.tolist() if run.locals is not None else [],
+            )
+            for run in self._tree.reached(self.bit(holder))
+        ]
+
+    def names(self, holder: H) -> dict[int, int] | None:
+        """Sequence hash -> a name that the holder's engine has for it; None if the names are the hashes."""
+        slot = self._slots.get(holder)
+        if slot is None or slot.names is None:
+            return None
+        return {seq: name for name, seq in slot.names.items()}
+
+
+def _cut(levels: list[Level], holes: list[tuple[int, int]]) -> list[Level]:
+    """Levels whose sets lose each holder at its first hole."""
+    cut: list[Level] = []
+    gone = 0
+    ahead = iter(holes)
+    position, lacking = next(ahead)
+    for blocks, mask in levels:
+        while position < blocks:
+            _raise(cut, position, mask & ~gone)
+            gone |= lacking
+            position, lacking = next(ahead, (levels[-1].blocks, 0))
+        _raise(cut, blocks, mask & ~gone)
+    return cut
+
+
+def _raise(levels: list[Level], blocks: int, mask: int) -> None:
+    """Add that the holders in a set match so many blocks; of two levels with one set the longer stays."""
+    if not mask or not blocks or (levels and levels[-1].blocks == blocks):
+        return
+    if levels and levels[-1].mask == mask:
+        levels.pop()
+    levels.append(Level(blocks, mask))

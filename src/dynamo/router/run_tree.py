@@ -1,0 +1,201 @@
+"""Where in the tree of all known prompts is a block?
+
+A radix tree over sequence hashes. Its nodes are *runs*, blocks in a row that the same holders reach; a set of holders
+is one integer, a bit for each. The tree knows nothing of holders but that the set of a run's children is within its
+own. A dictionary leads from each sequence hash to its run.
+
+Runs keep hashes in arrays and the dictionary maps numbers to numbers, so that Python's garbage collector has nothing
+to look at but the runs.
+"""
+
+from array import array
+from itertools import repeat
+
+
+class Run:
+    """A node of the tree. Its children follow its last block."""
+
+    __slots__ = ("children", "id", "locals", "mask", "parent", "seqs")
+
+    def __init__(self, id_: int, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> None:
+        self.id = id_
+        self.seqs = seqs
+        self.locals = local_hashes
+        self.mask = mask
+        """Who reaches these blocks; 0 for a run that nobody reaches, whose blocks are still to be swept."""
+        self.parent: Run = self
+        self.children: set[Run] = set()
+
+    def find(self, seq: int) -> int:
+        """The position of a block in the run. Raises ValueError."""
+        return 0 if self.seqs[0] == seq else self.seqs.index(seq)
+
+    def any_child_reached(self, bit: int) -> bool:
+        """Whether this holder reaches further than the run."""
+        return any(child.mask & bit for child in self.children)
+
+
+class RunTree:
+    """All runs. With `keep_contents` they keep local hashes too (8 bytes a block)."""
+
+    def __init__(self, keep_contents: bool) -> None:
+        self.keep_contents = keep_contents
+        self.root = Run(0, array("Q"), None, 0)
+        self.runs: list[Run] = [self.root]
+        """By id. A sequence hash that is not in `ids` has id 0: nobody reaches the root either."""
+        self.ids: dict[int, int] = {}
+        """Sequence hash -> id of its run."""
+        self._free_ids: list[int] = []
+        self._left: list[Run] = []
+        self._unswept = 0
+
+    def __len__(self) -> int:
+        """How many blocks somebody reaches."""
+        return len(self.ids) - self._unswept
+
+    def run_of(self, seq: int) -> Run:
+        """The run of a block; the root, or a run with an empty set, if nobody reaches it."""
+        return self.runs[self.ids.get(seq, 0)]
+
+    def attach(self, parent: Run, last: int | None, seqs: list[int], local_hashes: list[int], bit: int) -> None:
+        """Add blocks that nobody has, after the block `last` of `parent`, for one holder."""
+        if last is not None and parent.seqs[-1] != last:
+            parent = self.split(parent, parent.find(last) + 1)[0]
+        if parent.mask == bit and not parent.children:
+            run = parent
+            run.seqs.fromlist(seqs)
+            if run.locals is not None:
+                run.locals.fromlist(local_hashes)
+        else:
+            run = self._add(array("Q", seqs), array("Q", local_hashes) if self.keep_contents else None, bit)
+            run.parent = parent
+            parent.children.add(run)
+        before = len(self.ids)
+        self.ids.update(zip(seqs, repeat(run.id), strict=False))
+        self._unswept -= before + len(seqs) - len(self.ids)  # those that were there had lost their last holder
+
+    def _add(self, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> Run:
+        if self._free_ids:
+            run = Run(self._free_ids.pop(), seqs, local_hashes, mask)
+            self.runs[run.id] = run
+        else:
+            run = Run(len(self.runs), seqs, local_hashes, mask)
+            self.runs.append(run)
+        return run
+
+    def split(self, run: Run, length: int) -> tuple[Run, Run]:
+        """Cut a run after `length` blocks. The longer part stays what it was; the shorter is entered anew."""
+        if 2 * length <= len(run.seqs):
+            head, tail = self._add(run.seqs[:length], run.locals and run.locals[:length], run.mask), run
+            head.parent = run.parent
+            head.parent.children.discard(run)
+            head.parent.children.add(head)
+            del run.seqs[:length]
+            if run.locals is not None:
+                del run.locals[:length]
+            entered = head
+        else:
+            head, tail = run, self._add(run.seqs[length:], run.locals and run.locals[length:], run.mask)
+            tail.children = head.children
+            for child in tail.children:
+                child.parent = tail
+            del run.seqs[length:]
+            if run.locals is not None:
+                del run.locals[length:]
+            entered = tail
+        head.children = {tail}
+        tail.parent = head
+        self.ids.update(zip(entered.seqs, repeat(entered.id), strict=False))
+        return head, tail
+
+    def drop_last(self, run: Run, bit: int) -> Run:
+        """Take a holder out of the last block of a run. Returns the run of the block before, maybe the root."""
+        if run.mask == bit:
+            del self.ids[run.seqs.pop()]
+            if run.locals is not None:
+                run.locals.pop()
+            if run.seqs:
+                return run
+            run.mask = 0
+            run.parent.children.discard(run)
+            self._free(run)
+            return run.parent
+        if len(run.seqs) == 1:
+            run.mask ^= bit
+            return run.parent
+        others = run.mask ^ bit
+        child = next(iter(run.children)) if len(run.children) == 1 else None
+        if child is not None and child.mask == others:  # as when a long run is dropped block by block
+            seq = run.seqs.pop()
+            child.seqs.insert(0, seq)
+            if run.locals is not None and child.locals is not None:
+                child.locals.insert(0, run.locals.pop())
+            self.ids[seq] = child.id
+            return run
+        head, tail = self.split(run, len(run.seqs) - 1)
+        tail.mask = others
+        return head
+
+    def _free(self, run: Run) -> None:
+        self.runs[run.id] = self.root
+        self._free_ids.append(run.id)
+
+    def reached(self, bit: int) -> list[Run]:
+        """The runs that a holder reaches, each after its parent."""
+        found: list[Run] = []
+        waiting = [run for run in self.root.children if run.mask & bit]
+        while waiting:
+            run = waiting.pop()
+            found.append(run)
+            waiting.extend(child for child in run.children if child.mask & bit)
+        return found
+
+    # --- leaving
+
+    def leave(self, bit: int) -> None:
+        """Take a holder out of everything. Takes time by runs; the blocks that nobody reaches then await `sweep`."""
+        for run in self.reached(bit):
+            if run.mask != bit:
+                run.mask ^= bit
+                continue
+            run.mask = 0
+            run.parent.children.discard(run)
+            run.parent = self.root
+            run.children = set()
+            self._left.append(run)
+            self._unswept += len(run.seqs)
+
+    @property
+    def swept(self) -> bool:
+        """Whether there is nothing for `sweep` to do."""
+        return not self._left
+
+    def sweep(self, limit: int) -> None:
+        """Take out up to `limit` blocks that nobody reaches."""
+        while self._left and limit > 0:
+            run = self._left[-1]
+            part = run.seqs[-limit:]
+            del run.seqs[-limit:]
+            limit -= len(part)
+            for seq in part:
+                if self.ids.get(seq) == run.id:  # else somebody has stored it again
+                    del self.ids[seq]
+                    self._unswept -= 1
+            if not run.seqs:
+                self._left.pop()
+                self._free(run)
+
+
+def shared_length(run: "array[int]", start: int, seqs: list[int], done: int) -> int:
+    """How many blocks two sequences share from `start` and `done` on, given that they share one."""
+    longest = min(len(run) - start, len(seqs) - done)
+    if run[start + longest - 1] == seqs[done + longest - 1]:  # one equal hash means that all before are equal
+        return longest
+    low, high = 1, longest - 1
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if run[start + middle - 1] == seqs[done + middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
