@@ -32,7 +32,7 @@ EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     order = parse(argv, sys.stdin.isatty())
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     try:
         return _run(order, console)
     except plan.PlanError as e:
