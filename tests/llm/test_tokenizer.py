@@ -244,6 +244,11 @@ def test_text_that_is_not_unicode_is_refused(kind: str) -> None:
             load(kind).encode(text)
 
 
+def test_run_of_spaces_that_the_library_cannot_split_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="shorten its runs of white space"):
+        load("qwen_tiktoken").encode(" " * 2_000_000 + "x")
+
+
 @pytest.mark.parametrize("kind", ["llama3", "metaspace_first", "sp_bpe"])
 async def test_long_new_text_is_encoded_in_another_thread(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.load(directory_of(kind))

@@ -25,6 +25,8 @@ _ENTRY_BYTES = 150  # dict slot (about 95, at its emptiest) and tuple head (56)
 _INT_BYTES = 36  # an int of its own and the pointer to it
 _POINTER_BYTES = 8
 _CHARS_PER_CALL = 12  # encoding one word alone takes 3 us, as long as this many characters within a longer text
+_MOSTLY = 0.8  # of a part's words unknown: random letters have all, new prose has a third
+_LEARN_ONE_IN = 8
 _OTHER_WHITE = "\n\t\r\x0b\x0c\x1c\x1d\x1e\x1f"  # of ASCII, beside the space
 
 Ids = tuple[int, ...]
@@ -133,6 +135,7 @@ class SegmentCache:
         self._spaced = Generations(words * 3 // 4)  # words without the one space that stands before them
         self._others = Generations(words // 4)  # words as they are
         self._lock = Lock()
+        self._left_alone = 0
         self.counts = CacheCounts()
 
     @property
@@ -224,6 +227,8 @@ class SegmentCache:
             return list(chain.from_iterable(found))  # type: ignore[arg-type]  # None raises, which is cheaper than a look
         except TypeError:
             missing = {word for word, ids in zip(words, found, strict=True) if ids is None}
+        if self._is_hopeless(len(missing), len(words), level):
+            return self._encode_pieces([text])[0]
         if len(missing) > 1 and len(missing) * _CHARS_PER_CALL > len(text):
             apart = self._encode_and_part(text, words, len(before))
             if apart is not None:
@@ -235,6 +240,16 @@ class SegmentCache:
         return list(
             chain.from_iterable(learned[word] if ids is None else ids for word, ids in zip(words, found, strict=True))
         )
+
+    def _is_hopeless(self, missing: int, words: int, level: Generations) -> bool:
+        """Whether words so unlike the many that are known are better left alone: they would only push those out.
+
+        One part in eight is learnt all the same, or a new language would never come in.
+        """
+        if missing < _MOSTLY * words or words == 1 or not level.old:
+            return False
+        self._left_alone += 1
+        return self._left_alone % _LEARN_ONE_IN != 0
 
     def _learn(self, words: set[str], level: Generations, before: str) -> dict[str, Ids]:
         """Ids of words that are not in the young generation, each encoded alone."""

@@ -148,7 +148,10 @@ class TiktokenBackend:
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         text.encode("utf-8")  # the library would replace halves of surrogate pairs silently
-        ids: list[int] = self._library.encode(text, allowed_special=self._special, disallowed_special=())
+        try:
+            ids: list[int] = self._library.encode(text, allowed_special=self._special, disallowed_special=())
+        except ValueError as e:  # its regular expressions give up on runs of about a million spaces
+            raise InvalidArgument(f"the text cannot be split into words: {e}; shorten its runs of white space") from e
         return self._opening + ids if add_special_tokens else ids
 
     def encode_pieces(self, pieces: list[str]) -> list[list[int]]:
