@@ -1,0 +1,54 @@
+"""Where the prefix is, until that worker is saturated; then where least is queued (llm-d, 2026-08).
+
+Workers that hold most of the prompt (80 %) are the candidates while their queue of uncached tokens is below a bound;
+where there is none, all are. Among candidates the fewest uncached tokens, queued and new, wins.
+"""
+
+from dynamo.router.config import KvRouterConfig
+from dynamo.router.types import View, WorkerKey
+
+MIN_HIT = 0.8  # share of the prompt a worker must hold to be worth sticking to; the published setting
+SATURATED_BATCHES = 4  # engine steps' worth of queued tokens; about a second of prefill at 8192 tokens a step
+DEFAULT_BATCH_TOKENS = 8192  # where a worker does not say max_num_batched_tokens: vLLM's default
+NOT_STICKY = 1e12  # tokens; sorts every other worker behind the candidates
+
+
+class StickyUntilSaturated:
+    """Affinity to the prefix as long as its holder keeps up."""
+
+    name = "sticky"
+
+    def __init__(self, config: KvRouterConfig) -> None:
+        del config  # nothing to tune
+
+    def costs(self, view: View) -> list[float]:
+        """One cost for each worker, in tokens."""
+        fleet, prompt = view.fleet, view.request.token_count
+        costs: list[float] = [float(tokens + prompt) for tokens in fleet.prefill_tokens]
+        candidates: list[int] = []
+        for position in view.overlaps:
+            new = view.new_tokens(position)
+            costs[position] = fleet.prefill_tokens[position] + new
+            if new <= (1 - MIN_HIT) * prompt and fleet.prefill_tokens[position] < self._bound(view, position):
+                candidates.append(position)
+        if candidates:
+            kept = {position: costs[position] for position in candidates}
+            costs = [cost + NOT_STICKY for cost in costs]
+            for position, cost in kept.items():
+                costs[position] = cost
+        return costs
+
+    @staticmethod
+    def _bound(view: View, position: int) -> int:
+        return SATURATED_BATCHES * (view.fleet.limits[position].max_batched_tokens or DEFAULT_BATCH_TOKENS)
+
+    def terms(self, view: View, position: int) -> dict[str, float]:
+        """What is queued, what is new, and where saturation begins."""
+        return {
+            "queued_tokens": view.fleet.prefill_tokens[position],
+            "new_tokens": view.new_tokens(position),
+            "saturated_at_tokens": self._bound(view, position),
+        }
+
+    def observe(self, worker: WorkerKey, new_tokens: int, ttft_s: float, prefill_tokens_before: int) -> None:
+        """This cost does not learn."""

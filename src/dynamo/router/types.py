@@ -1,0 +1,133 @@
+"""What passes between the parts of the router: who could take a request, what it asks for, what was decided.
+
+Columns, not objects: a fleet of a thousand workers is a few lists of numbers that the book of active requests
+keeps up to date, so that a decision costs a few list comprehensions and no object for a worker.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
+
+
+class WorkerKey(NamedTuple):
+    """What a request is routed to: one data-parallel rank of one worker."""
+
+    worker_id: int
+    dp_rank: int = 0
+
+
+class Overlap(NamedTuple):
+    """How much of a prompt a worker holds, in blocks from the prompt's start.
+
+    `device` blocks come first; `host` is how many more follow if host memory is looked at too, `disk` how many more
+    after those.
+    """
+
+    device: int = 0
+    host: int = 0
+    disk: int = 0
+
+    @property
+    def total(self) -> int:
+        """Blocks that need not be computed."""
+        return self.device + self.host + self.disk
+
+
+class WorkerLimits(msgspec.Struct, frozen=True):
+    """What a worker said of itself when it registered; None where it did not."""
+
+    total_blocks: int | None = None
+    max_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    taints: frozenset[str] = frozenset()
+
+
+class RouterOverride(msgspec.Struct, frozen=True):
+    """What one request changes of the router's configuration [K37]; None leaves it."""
+
+    overlap_score_credit: float | None = None
+    overlap_score_credit_decay: float | None = None
+    prefill_load_scale: float | None = None
+    decode_active_request_weight: float | None = None
+    router_temperature: float | None = None
+    assume_kv_reuse: bool | None = None
+    track_prefill_tokens: bool | None = None
+
+
+class RouteRequest(msgspec.Struct, kw_only=True):
+    """One prompt that wants a worker. `sequence_hashes` are of its full blocks, in order."""
+
+    request_id: str
+    token_count: int
+    sequence_hashes: Sequence[int]
+    priority_jump: float = 0.0
+    strict_priority: int = 0
+    policy_class: str | None = None
+    expected_output_tokens: int | None = None
+    session_id: str | None = None
+    allowed: frozenset[WorkerKey] | None = None
+    required_taints: frozenset[str] = frozenset()
+    preferred_taints: Mapping[str, float] = {}
+    override: RouterOverride | None = None
+    arrived_at: float = 0.0
+
+
+class Fleet(Protocol):
+    """The workers by position, in columns. Read only; a position means the same worker until one joins or leaves."""
+
+    workers: list[WorkerKey]
+    limits: list[WorkerLimits]
+    prefill_tokens: list[int]
+    """Prompt tokens that were sent to the worker and are not computed yet."""
+    prefill_requests: list[int]
+    """Requests that have made no token yet."""
+    decode_blocks: list[int]
+    """Distinct KV blocks that active requests hold."""
+    requests: list[int]
+    """Active requests."""
+
+
+class View(msgspec.Struct):
+    """One request against the fleet, as a policy sees it. The maps name only positions with a number above zero."""
+
+    fleet: Fleet
+    request: RouteRequest
+    block_size: int
+    blocks: int
+    """Blocks the prompt fills, the last one perhaps in part."""
+    overlaps: dict[int, Overlap]
+    shared_blocks: dict[int, int]
+    """Of the prompt's blocks, how many active requests of that worker hold already."""
+    now: float
+
+    def new_tokens(self, position: int) -> int:
+        """Prompt tokens this worker would have to compute: all but its cached blocks, and at least one."""
+        overlap = self.overlaps.get(position)
+        if overlap is None:
+            return self.request.token_count
+        return max(1, self.request.token_count - overlap.total * self.block_size)
+
+
+class Decision(msgspec.Struct, kw_only=True):
+    """Where a request goes, and what spoke for it. `hit_rate` is cached tokens over prompt tokens, 0 to 1."""
+
+    worker: WorkerKey
+    overlap: Overlap
+    new_tokens: int
+    cost: float
+    hit_rate: float
+    policy: str
+    reason: str
+    candidates: int
+    best_overlap_blocks: int = 0
+    queued_ms: float = 0.0
+    explanation: dict[str, Any] | None = None
+
+
+class OverlapSource(Protocol):
+    """Who holds what. The block index is one, the approximate index another."""
+
+    def find(self, sequence_hashes: Sequence[int], now: float) -> dict[WorkerKey, Overlap]:
+        """The workers that hold at least the first block."""
+        ...
