@@ -32,7 +32,7 @@ from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, StopC
 from dynamo.llm.registration import register_model, unregister_model
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.component import Endpoint, ServedEndpoint
-from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.errors import DynamoException, EngineShutdown
 from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,12 @@ class EngineWorker:
                 await self._stop_engine()
                 return False
             self.config = config
-            await self._offer(time.monotonic() - began)
+            try:
+                await self._offer(time.monotonic() - began)
+            except EngineShutdown:
+                if not self.runtime.is_shutting_down():
+                    raise
+                # The end came while it was being offered: `run` sees to it as to any other.
         except BaseException:
             if self._served is not None:
                 await self._served.stop()
