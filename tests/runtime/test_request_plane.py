@@ -518,3 +518,12 @@ async def test_instances_are_found_by_the_runtime_data_of_their_cards(runtime: D
     assert await client.wait_for_instance_by_runtime_data("stage", "a") == 2
     with pytest.raises(ConnectionTimeout, match="stage='c'"):
         await client.wait_for_instance_by_runtime_data("stage", "c", timeout_s=0.05)
+
+
+async def test_endpoints_that_start_at_once_share_one_listener(runtime: DistributedRuntime) -> None:
+    endpoints = [runtime.endpoint(f"ns.comp{i}.ep") for i in range(8)]
+    await asyncio.gather(
+        *(endpoint.start_push_endpoint(lambda _payload, stream: stream.end()) for endpoint in endpoints)
+    )
+    instances = [(await endpoint.client()).instances()[0] for endpoint in endpoints]
+    assert len({instance.transport.address.partition("/")[0] for instance in instances}) == 1

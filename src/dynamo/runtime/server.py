@@ -312,13 +312,17 @@ class RequestServer:
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.host_port = ""
         self._server: asyncio.Server | None = None
+        self._starting = asyncio.Lock()  # several workers of one process may start at once
         self._timer: asyncio.TimerHandle | None = None
         self._left = asyncio.Event()
 
     async def start(self) -> None:
         """Listen on DYN_TCP_RPC_HOST (127.0.0.1), DYN_TCP_RPC_PORT (0: any). Raises CannotConnect."""
-        if self._server is not None:
-            return
+        async with self._starting:
+            if self._server is None:
+                await self._listen()
+
+    async def _listen(self) -> None:
         host = os.environ.get("DYN_TCP_RPC_HOST") or "127.0.0.1"
         port = int(env_number("DYN_TCP_RPC_PORT", 0))
         loop = asyncio.get_running_loop()
