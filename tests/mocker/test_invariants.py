@@ -1,18 +1,20 @@
 """What must hold for any requests, in any order, with aborts at any moment."""
 
+from collections import Counter
+
 import hypothesis.strategies as st
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from simulated import request, run, small_scheduler, tokens
 
-from dynamo.mocker.scheduler import Scheduler
+from dynamo.mocker.scheduler import Scheduler, Step
 from dynamo.mocker.sequence import Status
 from dynamo.mocker.timing import StepTiming
 
 limits = st.fixed_dictionaries(
     {
-        "num_blocks": st.integers(4, 40),
-        "block_size": st.integers(1, 6),
-        "max_num_seqs": st.integers(1, 6),
+        "num_blocks": st.integers(5, 20),
+        "block_size": st.integers(1, 5),
+        "max_num_seqs": st.integers(2, 6),
         "max_num_batched_tokens": st.integers(4, 40),
         "enable_prefix_caching": st.booleans(),
         "enable_chunked_prefill": st.booleans(),
@@ -27,10 +29,12 @@ prompts = st.builds(
     st.integers(0, 12),
     st.lists(st.integers(1000, 1003), min_size=1, max_size=8),
 )
+submits = st.tuples(st.just("submit"), prompts, st.integers(1, 30))
 actions = st.one_of(
-    st.tuples(st.just("submit"), prompts, st.integers(1, 24)),
+    submits,
+    submits,
+    st.tuples(st.just("steps"), st.integers(1, 12)),
     st.tuples(st.just("plan")),
-    st.tuples(st.just("complete")),
     st.tuples(st.just("abort"), st.integers(0, 30)),
 )
 
@@ -42,15 +46,15 @@ class Naive:
         self.held: set[int] = set()
 
     def apply(self, scheduler: Scheduler) -> None:
-        for event in scheduler.take_kv_events():
-            if event.stored:
-                assert event.stored.parent_hash is None or event.stored.parent_hash in self.held
-                names = [block.block_hash for block in event.stored.blocks]
+        for change in scheduler.take_kv_events():
+            if change.stored:
+                assert change.stored.parent_hash is None or change.stored.parent_hash in self.held
+                names = [block.block_hash for block in change.stored.blocks]
                 assert self.held.isdisjoint(names)
                 self.held.update(names)
-            if event.removed:
-                assert self.held.issuperset(event.removed.block_hashes)
-                self.held.difference_update(event.removed.block_hashes)
+            if change.removed:
+                assert self.held.issuperset(change.removed.block_hashes)
+                self.held.difference_update(change.removed.block_hashes)
 
 
 def check(scheduler: Scheduler, naive: Naive) -> None:
@@ -71,41 +75,70 @@ def check(scheduler: Scheduler, naive: Naive) -> None:
         assert pool.match(seq.names, len(seq.names)) == sum(map(pool.holds, seq.names))
 
 
+class Run:
+    """A scheduler, what was asked of it, and what came out."""
+
+    def __init__(self, **limits: object) -> None:
+        self.scheduler = small_scheduler(**limits)
+        self.naive = Naive()
+        self.step: Step | None = None
+        self.asked: dict[str, int] = {}
+        self.made: Counter[str] = Counter()
+        self.submitted = 0
+
+    def submit(self, prompt: list[int], max_tokens: int) -> None:
+        room = self.scheduler.config.context_length - len(prompt)
+        if room > 0:
+            self.asked[str(self.submitted)] = min(max_tokens, room)
+            self.scheduler.add(str(self.submitted), request(prompt, max_tokens), now=0.0)
+            self.submitted += 1
+
+    def abort(self, which: int) -> None:
+        if self.scheduler.abort(str(which)):
+            del self.asked[str(which)]
+
+    def plan(self) -> None:
+        if self.step is not None:
+            return
+        self.step = self.scheduler.schedule(0.0)
+        if self.step is not None:
+            assert self.step.scheduled, "a step that computes nothing would be repeated for ever"
+            limit = self.scheduler.config.max_num_batched_tokens
+            batch = sum(self.step.scheduled.values())
+            assert self.step.budget == limit - batch >= 0
+            assert 0 <= self.step.prefill_tokens <= batch
+
+    def complete(self) -> None:
+        if self.step is not None:
+            for name, output in self.scheduler.complete(self.step, 0.0):
+                self.made[name] += len(output.token_ids)
+            self.step = None
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.plan()
+            self.check()
+            self.complete()
+            self.check()
+
+    def check(self) -> None:
+        check(self.scheduler, self.naive)
+
+
 @settings(max_examples=300, deadline=None)
-@given(limits, st.lists(actions, max_size=60))
+@given(limits, st.lists(actions, min_size=8, max_size=40))
 def test_blocks_and_sequences_are_accounted_for_under_any_interleaving(limits, actions):
-    scheduler, naive, step, submitted = small_scheduler(**limits), Naive(), None, 0
-    ended: dict[str, int] = {}
-    asked: dict[str, int] = {}
-    for action in actions:
-        match action:
-            case ("submit", prompt, max_tokens) if len(prompt) < scheduler.config.context_length:
-                asked[str(submitted)] = min(max_tokens, scheduler.config.context_length - len(prompt))
-                scheduler.add(str(submitted), request(prompt, max_tokens), now=0.0)
-                submitted += 1
-            case ("plan",) if step is None:
-                step = scheduler.schedule(0.0)
-                if step:
-                    assert step.scheduled, "a step that computes nothing would be repeated for ever"
-                    batch = sum(step.scheduled.values())
-                    assert batch <= scheduler.config.max_num_batched_tokens
-                    assert step.budget == scheduler.config.max_num_batched_tokens - batch
-            case ("complete",) if step is not None:
-                for name, output in scheduler.complete(step, 0.0):
-                    ended[name] = ended.get(name, 0) + len(output.token_ids)
-                step = None
-            case ("abort", which):
-                if scheduler.abort(str(which)):
-                    asked.pop(str(which))
-        check(scheduler, naive)
-    if step:
-        for name, output in scheduler.complete(step, 0.0):
-            ended[name] = ended.get(name, 0) + len(output.token_ids)
-    for name, outputs in run(scheduler).items():
-        ended[name] = ended.get(name, 0) + len(tokens(outputs))
-    check(scheduler, naive)
-    assert scheduler.pool.in_use == scheduler.pool.references() == 0
-    assert {name: ended[name] for name in asked} == asked
+    it = Run(**limits)
+    for action, *arguments in actions:
+        getattr(it, action)(*arguments)
+        it.check()
+    event(f"preemptions: {min(3, it.scheduler.stats.preemptions.value):g}")
+    it.complete()
+    for name, outputs in run(it.scheduler).items():
+        it.made[name] += len(tokens(outputs))
+    it.check()
+    assert it.scheduler.pool.in_use == it.scheduler.pool.references() == 0
+    assert {name: it.made[name] for name in it.asked} == it.asked
 
 
 @settings(max_examples=50, deadline=None)
