@@ -184,3 +184,5 @@ def test_text_is_cut_only_after_tokens_that_no_other_overlaps() -> None:
     assert found_tokens("x<a>y", "<a>") == {"x<a>y"}
     assert found_tokens("<a>", rstrip=True) == set()
     assert found_tokens("<a>", normalized=True) == set()
+    assert found_tokens("<unused7>", "<end>") == {"<end>"}
+    assert len(found_tokens(*(f"<{chr(97 + i % 26)}{chr(97 + i // 26)}>" for i in range(500)))) == 64

@@ -32,6 +32,12 @@ class Step(Protocol):
         ...
 
 
+def byte_value(piece: str) -> int | None:
+    """The byte that a piece like `<0x0A>` stands for, None for other pieces."""
+    found = _BYTE.fullmatch(piece)
+    return int(found[1], 16) if found else None
+
+
 Chain = Callable[[], list[Step]]
 """Makes the steps of a new stream."""
 
@@ -73,9 +79,9 @@ class ByteRun:
     def feed(self, pieces: list[str]) -> list[str]:
         out: list[str] = []
         for piece in pieces:
-            found = _BYTE.fullmatch(piece)
-            if found:
-                self._run.append(int(found[1], 16))
+            byte = byte_value(piece)
+            if byte is not None:
+                self._run.append(byte)
             else:
                 out += self.end()
                 out.append(piece)
@@ -96,7 +102,7 @@ class ByteRun:
         pass
 
     def steady_text(self, piece: str) -> str | None:
-        return None if _BYTE.fullmatch(piece) else piece
+        return piece if byte_value(piece) is None else None
 
 
 class StripStart:

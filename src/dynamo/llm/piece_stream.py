@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dynamo.llm.detokenizer import DecodingRules, TextTable
-from dynamo.llm.piece_steps import Chain, Step
+from dynamo.llm.piece_steps import Chain, Step, byte_value
 
 _SHORT_PROMPT = 16  # tokens; so few are decoded from the start, longer prompts are entered in their middle
 _WINDOW = 16  # tokens of context for decoders that can only be asked as a whole
@@ -44,8 +44,9 @@ class PieceRules(DecodingRules):
         text = self._all_texts[token_id]
         if text is None:
             piece = self._load(token_id) or ""
-            if piece.startswith("<0x"):
-                return bytes([int(piece[3:5], 16)])
+            byte = byte_value(piece)
+            if byte is not None:
+                return bytes([byte])
             steps = self._chain()
             for step in steps:
                 step.settle()

@@ -16,6 +16,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from dynamo.llm.split_pattern import NOWHERE, Places, places
@@ -25,6 +26,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """What the `ByteLevel` pre-tokenizer of `tokenizers` splits by when `use_regex` is set."""
 _CLASSES_ONLY = Places(before_space=True, before_space_met=False, after_newline=True, after_newline_met=False)
 """A step whose matches are digits or punctuation alone."""
+_PARTING_TOKENS = 64  # a search looks for each of them at every `<`, and a chat has a handful
 _LETTERS = "A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"  # Latin, Kana, Han, Hangul
 _LETTER = re.compile(f"[{_LETTERS}]")
 _SPACE_INSIDE = re.compile(r"\S ")
@@ -44,19 +46,21 @@ class Cuts:
     plain_spaces: bool = False
 
 
-def _self_delimiting(specs: Sequence[AddedTokenSpec]) -> list[str]:
-    """Tokens that, wherever their text stands, are found exactly there: no other token overlaps them."""
+def _parting_tokens(specs: Sequence[AddedTokenSpec]) -> list[str]:
+    """A few tokens that, wherever their text stands, are found exactly there: no other token overlaps them.
+
+    Those with a digit in them are reserved for later or name something, and do not part messages.
+    """
     contents = {spec.content for spec in specs}
     everything = "\0".join(contents)
     ends = {content[i:] for content in contents for i in range(1, len(content))}
 
     def alone(content: str) -> bool:
         overlapped = any(content[:i] in ends for i in range(1, len(content) + 1))
-        return not overlapped and everything.count(content) == 1
+        return not overlapped and "\0" not in content and everything.count(content) == 1
 
-    return sorted(
-        spec.content for spec in specs if not spec.rstrip and "\0" not in spec.content and alone(spec.content)
-    )
+    likely = (spec.content for spec in specs if not spec.rstrip and not any(map(str.isdigit, spec.content)))
+    return list(islice(filter(alone, likely), _PARTING_TOKENS))
 
 
 def _spellings(specs: Iterable[AddedTokenSpec]) -> list[str]:
@@ -88,7 +92,7 @@ def make_cuts(specs: Sequence[AddedTokenSpec], split: Places, special_part: bool
     words = re.compile("|".join(kinds)) if kinds else None
     first_found = [spec for spec in specs if not spec.normalized]
     if special_part:
-        kinds += map(re.escape, _self_delimiting(first_found))
+        kinds += map(re.escape, _parting_tokens(first_found))
     if not kinds:
         return None
     return Cuts(re.compile("|".join(kinds)), words, plain_spaces=spaces and not swallowing)

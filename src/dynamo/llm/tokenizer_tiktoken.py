@@ -121,7 +121,7 @@ class TiktokenBackend:
         self.named: dict[str, str] = {}
         self.rules: DecodingRules = ByteRules(self._bytes, self.special_ids)
         # The library knows no flags of special tokens, so whatever the config says of them is not in effect.
-        self.cuts: Cuts | None = make_cuts([AddedTokenSpec(token) for token in self._special], places(pattern))
+        self.cuts: Cuts | None = make_cuts([AddedTokenSpec(token) for token in sorted(self._special)], places(pattern))
         bos = config.named.get("bos_token", "")
         self._opening = [bos_id for bos_id in [self.token_to_id(bos)] if bos_id is not None]
         if not config.raw.get("add_bos_token", False):
