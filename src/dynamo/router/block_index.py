@@ -35,11 +35,22 @@ class Level(NamedTuple):
 
 
 class HeldRun(NamedTuple):
-    """Blocks in a row as `BlockIndex.runs` gives them. `parent` is the sequence hash before them."""
+    """Blocks in a row. `parent` is the sequence hash before them."""
 
     parent: int | None
     sequence_hashes: list[int]
     local_hashes: list[int]
+
+
+class Account(NamedTuple):
+    """All that a holder holds: what it reaches, each run after the one before it, without its holes."""
+
+    runs: list[HeldRun]
+    holes: frozenset[int]
+    names: dict[int, int] | None
+    """Sequence hash -> what its engine calls the block; None if the names are the hashes."""
+    more_names: dict[int, list[int]]
+    """Sequence hash -> further names, for blocks that have any."""
 
 
 class _Slot(Generic[H]):
@@ -62,7 +73,7 @@ class _Slot(Generic[H]):
 class BlockIndex(Generic[H]):
     """Which holders have which blocks, kept from what they say was stored and removed, in any order.
 
-    With `keep_contents` the local hashes are kept too, which `runs` then gives (8 bytes a block more).
+    With `keep_contents` the local hashes are kept too (8 bytes a block more), so that it can give an `account`.
     """
 
     def __init__(self, *, keep_contents: bool = False) -> None:
@@ -95,6 +106,11 @@ class BlockIndex(Generic[H]):
         """The sequence hashes of blocks that a holder lacks before some that it holds."""
         slot = self._slots.get(holder)
         return frozenset(slot.holes) if slot is not None else frozenset()
+
+    @property
+    def has_holes(self) -> bool:
+        """Whether any holder has a hole."""
+        return bool(self._holes)
 
     def bit(self, holder: H) -> int:
         """The set of this holder alone; 0 for an unknown one."""
@@ -395,28 +411,34 @@ class BlockIndex(Generic[H]):
 
     # --- giving an account
 
-    def runs(self, holder: H) -> list[HeldRun]:
-        """What a holder reaches, each run after the one before it. `holes` says what it does not hold of that.
+    def account(self, holder: H) -> Account:
+        """What a holder holds now, as a copy.
 
         Raises ValueError for an index that keeps no contents.
         """
-        if not self._tree.keep_contents:
+        tree = self._tree
+        if not tree.keep_contents:
             raise ValueError("keep_contents: this index has no local hashes; make it with keep_contents=True")
-        return [
+        slot = self._slots.get(holder)
+        if slot is None:
+            return Account([], frozenset(), None, {})
+        runs = [
             HeldRun(
-                run.parent.seqs[-1] if run.parent.seqs else None,
+                run.parent.seqs[-1] if run.parent is not tree.root else None,
                 run.seqs.tolist(),
                 run.locals.tolist() if run.locals is not None else [],
             )
-            for run in self._tree.reached(self.bit(holder))
+            for run in tree.reached(slot.bit)
         ]
-
-    def names(self, holder: H) -> dict[int, int] | None:
-        """Sequence hash -> a name that the holder's engine has for it; None if the names are the hashes."""
-        slot = self._slots.get(holder)
-        if slot is None or slot.names is None:
-            return None
-        return {seq: name for name, seq in slot.names.items()}
+        if slot.names is None:
+            return Account(runs, frozenset(slot.holes), None, {})
+        names = {seq: name for name, seq in slot.names.items()}
+        more: dict[int, list[int]] = {}
+        if slot.aliases:
+            for name, seq in slot.names.items():
+                if names[seq] != name:
+                    more.setdefault(seq, []).append(name)
+        return Account(runs, frozenset(slot.holes), names, more)
 
 
 def _cut(levels: list[Level], holes: list[tuple[int, int]]) -> list[Level]:

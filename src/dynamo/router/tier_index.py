@@ -1,0 +1,236 @@
+"""How much of a prompt does each worker hold, on which tier?
+
+One block index for all tiers: a worker's device memory is a holder, its host memory another. So one look along the
+prompt answers for all of them, and blocks moved to host memory still find the parents they left on the device.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from itertools import chain
+from typing import NamedTuple
+
+from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, StoredBlock
+from dynamo.router.block_index import Account, BlockIndex, Level, UnknownParentError
+from dynamo.router.types import Overlap, WorkerKey
+
+LOWER_TIERS: tuple[StorageTier, ...] = ("host_pinned", "disk", "external")  # nearest first
+_U64 = (1 << 64) - 1
+DUMPED_BLOCKS = 1024  # at most so many in one event of a dump: about 50 KB
+
+
+class LowerTier(NamedTuple):
+    """A worker's memory on a tier below the device."""
+
+    worker: WorkerKey
+    tier: StorageTier
+
+
+Holder = WorkerKey | LowerTier  # a worker alone stands for its device memory
+
+
+class Outcome(StrEnum):
+    """What became of an event. The values are those of the metric `kv_cache_events_applied`, but for the second."""
+
+    OK = "ok"
+    DUPLICATE = "duplicate_store"
+    """All blocks were held already; nothing changed."""
+    UNKNOWN_PARENT = "parent_block_not_found"
+    """Nothing was stored: an event must have been missed."""
+    UNKNOWN_BLOCK = "block_not_found"
+    """At least one removed block was not held; the others are removed."""
+    INVALID = "invalid_block"
+    """The event makes no sense; nothing changed."""
+
+
+class TierIndex:
+    """The blocks of all workers on all tiers. With `keep_contents` it can `dump` what it holds."""
+
+    def __init__(self, *, keep_contents: bool = False) -> None:
+        self.index: BlockIndex[Holder] = BlockIndex(keep_contents=keep_contents)
+        self._lower: dict[WorkerKey, list[LowerTier]] = {}  # the lower tiers that a worker has used, nearest first
+        self._lower_mask = 0
+
+    def __len__(self) -> int:
+        """How many different blocks there are, counting one that many workers hold once."""
+        return len(self.index)
+
+    # --- finding
+
+    def find(self, sequence_hashes: Sequence[int], now: float = 0.0) -> dict[WorkerKey, Overlap]:
+        """What each worker holds of a prompt from its start; only those that hold anything. `now` does not matter."""
+        index = self.index
+        levels = index.reached(sequence_hashes)
+        if not levels:
+            return {}
+        if levels[0].mask & self._lower_mask:
+            return self._find_on_tiers(sequence_hashes, levels)
+        found: dict[Holder, Overlap] = {}
+        for blocks, mask in index.levels(sequence_hashes) if index.has_holes else levels:
+            found.update(dict.fromkeys(index.members(mask), Overlap(blocks)))
+        return found  # type: ignore[return-value]  # the sets have no lower tier in them
+
+    def _find_on_tiers(self, sequence_hashes: Sequence[int], levels: list[Level]) -> dict[WorkerKey, Overlap]:
+        index = self.index
+        ends: dict[Holder, int] = {}
+        for blocks, mask in levels:
+            ends.update(dict.fromkeys(index.members(mask), blocks))
+        holes = index.holes_in(sequence_hashes, levels)
+        positions = [position for position, _ in holes]
+
+        def extend(holder: Holder, start: int) -> int:
+            """How many blocks from `start` on a holder has without a hole."""
+            end = ends.get(holder, 0)
+            bit = index.bit(holder) if holes else 0
+            for i in range(bisect_left(positions, start), len(holes)):
+                if holes[i][1] & bit:
+                    return max(0, min(end, positions[i]) - start)
+            return max(0, end - start)
+
+        found: dict[WorkerKey, Overlap] = {}
+        for worker in dict.fromkeys(h.worker if isinstance(h, LowerTier) else h for h in ends):
+            device = extend(worker, 0)
+            host = disk = 0
+            for place in self._lower.get(worker, ()):
+                more = extend(place, device + host + disk)
+                if place.tier == "host_pinned":
+                    host += more
+                else:
+                    disk += more
+            if device or host or disk:
+                found[worker] = Overlap(device, host, disk)
+        return found
+
+    # --- changing
+
+    def apply(self, worker: WorkerKey, tier: StorageTier, data: KvEventData) -> Outcome:
+        """What a worker said has happened. Never raises: an event that makes no sense is an outcome."""
+        if data.stored is not None:
+            try:
+                return Outcome.OK if self.store(worker, tier, data.stored) else Outcome.DUPLICATE
+            except UnknownParentError:
+                return Outcome.UNKNOWN_PARENT
+            except ValueError:
+                return Outcome.INVALID
+        if data.removed is not None:
+            return Outcome.UNKNOWN_BLOCK if self.remove(worker, tier, data.removed) else Outcome.OK
+        if data.cleared is not None:
+            self.clear(worker, tier)
+            return Outcome.OK
+        return Outcome.INVALID
+
+    def store(self, worker: WorkerKey, tier: StorageTier, stored: Stored) -> int:
+        """Returns how many of the blocks are new there. Raises as `BlockIndex.store`."""
+        blocks = stored.blocks
+        names = [block.block_hash for block in blocks]
+        local_hashes = [block.tokens_hash for block in blocks]
+        holder = self._holder(worker, tier)
+        parent = stored.parent_hash
+        if parent is None or worker not in self._lower:
+            return self.index.store(holder, parent, names, local_hashes)
+        places: list[Holder] = [holder, worker, *self._lower[worker]]
+        for place in places:
+            above = self.index.sequence_hash(place, parent)
+            if above is not None:
+                return self.index.store_after(holder, above, names, local_hashes)
+        raise UnknownParentError(f"{worker} does not hold the parent block {parent} on any tier")
+
+    def _holder(self, worker: WorkerKey, tier: StorageTier) -> Holder:
+        if tier == "device":
+            return worker
+        place = LowerTier(worker, tier)
+        if place not in self.index:
+            self.index.add(place)
+            places = self._lower.setdefault(worker, [])
+            if place not in places:
+                places.append(place)
+                places.sort(key=lambda place: LOWER_TIERS.index(place.tier))
+            self._lower_mask |= self.index.bit(place)
+        return place
+
+    def remove(self, worker: WorkerKey, tier: StorageTier, removed: Removed) -> int:
+        """Returns how many of the blocks were not there."""
+        return self.index.remove(self._holder(worker, tier), removed.block_hashes)
+
+    def clear(self, worker: WorkerKey, tier: StorageTier | None = None) -> None:
+        """Everything of a worker on a tier, or on all, is gone."""
+        for place in self._places(worker):
+            if tier in (None, _tier(place)):
+                self._forget(place)
+
+    def remove_worker(self, worker: WorkerKey) -> None:
+        """Forget a worker with all its blocks. Others of its ranks stay."""
+        for place in self._places(worker):
+            self._forget(place)
+        self._lower.pop(worker, None)
+
+    def _places(self, worker: WorkerKey) -> list[Holder]:
+        return [worker, *self._lower.get(worker, ())]
+
+    def _forget(self, place: Holder) -> None:
+        self._lower_mask &= ~self.index.bit(place)
+        self.index.remove_holder(place)
+
+    def sweep(self, limit: int) -> bool:
+        """See `BlockIndex.sweep`."""
+        return self.index.sweep(limit)
+
+    # --- giving an account
+
+    def workers(self) -> list[WorkerKey]:
+        """The workers that hold, or held, anything."""
+        return list(dict.fromkeys(h.worker if isinstance(h, LowerTier) else h for h in self.index.holders()))
+
+    def blocks(self, worker: WorkerKey) -> dict[StorageTier, int]:
+        """How many blocks a worker holds, by tier; only tiers with any."""
+        counts = {_tier(place): self.index.blocks(place) for place in self._places(worker)}
+        return {tier: count for tier, count in counts.items() if count}
+
+    def dump(self, worker: WorkerKey) -> Iterator[tuple[StorageTier, KvEventData]]:
+        """Changes that make an empty index hold what this one holds of a worker now, whatever changes meanwhile.
+
+        Raises ValueError for an index that keeps no contents.
+        """
+        accounts = [(_tier(place), self.index.account(place)) for place in self._places(worker)]
+        return chain.from_iterable(_dumped(tier, account) for tier, account in accounts)
+
+
+def _tier(place: Holder) -> StorageTier:
+    return place.tier if isinstance(place, LowerTier) else "device"
+
+
+def _dumped(tier: StorageTier, account: Account) -> Iterator[tuple[StorageTier, KvEventData]]:
+    # A hole is stored like what is around it, under a name that is free, and removed at the end.
+    hole_names = _free_names(account)
+    names = {} if account.names is None else account.names | hole_names
+    for run in account.runs:
+        parent = None if run.parent is None else names.get(run.parent, run.parent)
+        for start in range(0, len(run.sequence_hashes), DUMPED_BLOCKS):
+            seqs = run.sequence_hashes[start : start + DUMPED_BLOCKS]
+            contents = run.local_hashes[start : start + DUMPED_BLOCKS]
+            called = [names.get(seq, seq) for seq in seqs] if names else seqs
+            blocks = [StoredBlock(*block) for block in zip(called, contents, strict=True)]
+            yield tier, KvEventData(stored=Stored(blocks, parent))
+            if account.more_names:
+                parents = [parent, *called]
+                for i, seq in enumerate(seqs):
+                    for name in account.more_names.get(seq, ()):
+                        yield tier, KvEventData(stored=Stored([StoredBlock(name, contents[i])], parents[i]))
+            parent = called[-1]
+    if account.holes:
+        yield tier, KvEventData(removed=Removed(list(hole_names.values())))
+
+
+def _free_names(account: Account) -> dict[int, int]:
+    """Sequence hash -> a name for each hole: the hash itself, unless something else is called so."""
+    if account.names is None:
+        return {hole: hole for hole in account.holes}
+    taken = {*account.names.values(), *chain.from_iterable(account.more_names.values())}
+    chosen: dict[int, int] = {}
+    for hole in account.holes:
+        name = hole
+        while name in taken:
+            name = (name + 1) & _U64
+        chosen[hole] = name
+        taken.add(name)
+    return chosen
