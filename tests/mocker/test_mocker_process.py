@@ -124,9 +124,9 @@ async def test_a_stopped_request_leaves_the_engine_within_a_step(model_dir):
         stopped = time.monotonic()
         items = await collect(stream)
         assert items[-1]["finish_reason"] == "cancelled"
-        assert time.monotonic() - stopped < 1.0
+        assert time.monotonic() - stopped < 5.0  # all its tokens would take 20 s
         await idle(loads)
-        assert time.monotonic() - stopped < 1.0
+        assert time.monotonic() - stopped < 5.0  # all its tokens would take 20 s
         await loads.close()
 
 
@@ -159,7 +159,7 @@ async def test_a_caller_that_is_killed_frees_the_engine(model_dir):
         await process.wait()
         killed = time.monotonic()
         await idle(loads)
-        assert time.monotonic() - killed < 1.0
+        assert time.monotonic() - killed < 5.0  # a lease would take 10 s
         await loads.close()
 
 
@@ -180,7 +180,7 @@ async def test_a_killed_worker_ends_its_requests_at_once_and_no_others(model_dir
             with pytest.raises(Disconnected):
                 await collect(lost)
             assert client.available_ids() == [other_id]
-            assert time.monotonic() - killed < 1.0
+            assert time.monotonic() - killed < 5.0  # a lease would take 10 s
             assert len(await collect(kept)) == 100
             await eventually(lambda: client.instance_ids() == [other_id])
 
