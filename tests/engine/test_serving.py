@@ -44,6 +44,16 @@ async def test_n_choices_are_numbered_seeded_apart_and_counted_together(runtime,
         assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (10, 4, 14)
 
 
+@pytest.mark.parametrize(("field", "value"), [("n", 0), ("n", -1), ("n", 1_000_000), ("best_of", 3)])
+async def test_an_impossible_number_of_choices_is_refused(runtime, engine, model_dir, field, value):
+    async with serving(runtime, engine, model_dir) as (worker, client):
+        with pytest.raises(InvalidArgument, match=field) as refused:
+            await collect(await client.generate(request(**{field: value})))
+        assert refused.value.param == field
+        assert engine.submitted == {}
+        assert worker.dispatcher.num_requests == 0
+
+
 async def test_a_stopped_request_is_aborted_and_ends_as_cancelled(runtime, engine, model_dir):
     async with serving(runtime, engine, model_dir) as (worker, client):
         context = Context("r")

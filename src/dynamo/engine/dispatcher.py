@@ -4,6 +4,7 @@ One request with `n` choices becomes `n` submissions, numbered and seeded apart.
 step goes to its streams in one call of `on_outputs`, so that it leaves in one frame for each caller.
 """
 
+import itertools
 import logging
 
 import msgspec
@@ -15,6 +16,8 @@ from dynamo.runtime.errors import DynamoException, EngineShutdown, InvalidArgume
 from dynamo.runtime.streams import ResponseStream
 
 log = logging.getLogger(__name__)
+
+MAX_CHOICES = 128  # the limit of the interface that clients know; each choice costs an engine a sequence
 
 _decode = msgspec.msgpack.Decoder(PreprocessedRequest).decode
 
@@ -57,6 +60,7 @@ class Dispatcher:
         self._choices: dict[str, _Choice] = {}
         self._requests: set[_Request] = set()
         self._closed: str | None = None
+        self._collisions = itertools.count(2)
 
     @property
     def num_requests(self) -> int:
@@ -103,8 +107,8 @@ class Dispatcher:
 
     def submit(self, request: _Request) -> None:
         """Give all choices of an admitted request to the engine."""
-        count = request.payload.sampling_options.n or 1
         try:
+            count = _num_choices(request.payload)
             for index in range(count):
                 engine_id = self._unused_id(request.stream.context.id(), index, count)
                 request.choices[engine_id] = index
@@ -118,11 +122,9 @@ class Dispatcher:
 
     def _unused_id(self, request_id: str, index: int, count: int) -> str:
         """Callers name requests, and two may choose the same name; an engine must not mix them up."""
-        base = request_id if count == 1 else f"{request_id}#{index}"
-        engine_id, attempt = base, 1
+        engine_id = request_id if count == 1 else f"{request_id}#{index}"
         while engine_id in self._choices:
-            attempt += 1
-            engine_id = f"{base}~{attempt}"
+            engine_id = f"{engine_id}~{next(self._collisions)}"
         return engine_id
 
     def _cancel(self, request: _Request) -> None:
@@ -202,6 +204,17 @@ class Dispatcher:
         self._requests.discard(request)
         request.stream.end()
         self._admission.leave(request)
+
+
+def _num_choices(request: PreprocessedRequest) -> int:
+    """How many choices to make. Raises InvalidArgument for a number that is impossible or not in this version."""
+    sampling = request.sampling_options
+    count = 1 if sampling.n is None else sampling.n
+    if not 1 <= count <= MAX_CHOICES:
+        raise InvalidArgument(f"n: must be from 1 to {MAX_CHOICES}, not {count}", "n")
+    if sampling.best_of is not None and sampling.best_of != count:
+        raise InvalidArgument(f"best_of: is not in this version; it must equal n, which is {count}", "best_of")
+    return count
 
 
 def _choice_of(request: PreprocessedRequest, index: int) -> PreprocessedRequest:
