@@ -1,6 +1,7 @@
 """The wish to go on, and what travels with it."""
 
 import asyncio
+import uuid
 
 from dynamo.runtime import Context
 
@@ -77,6 +78,14 @@ def test_an_incoming_trace_is_continued_with_its_state_and_request_id() -> None:
     assert headers["traceparent"] == f"00-0af7651916cd43dd8448eb211c80319c-{context.span_id}-00"
     assert headers["tracestate"] == "vendor=1"
     assert headers["x-request-id"] == "from-the-client"
+
+
+def test_a_request_without_an_id_gets_a_uuid_of_its_own() -> None:
+    one, other = Context().id(), Context().id()
+    assert one != other
+    assert str(uuid.UUID(one)) == one
+    assert uuid.UUID(one).version == 4
+    assert uuid.UUID(one).variant == uuid.RFC_4122
 
 
 def test_first_token_is_noted_once() -> None:
