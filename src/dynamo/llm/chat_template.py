@@ -92,6 +92,9 @@ def _compile(origin: str, source: str) -> _Compiled:
     try:
         tree = _ENVIRONMENT.parse(source)
         template = _ENVIRONMENT.from_string(source)
+        # Jinja chains the template's globals to the environment's and walks that chain at every rendering, which is
+        # half of what a short chat's rendering costs. Ours do not change.
+        template.globals = dict(template.globals)
     except jinja2.TemplateSyntaxError as e:
         raise InvalidArgument(f"the chat template {origin} is not valid Jinja, line {e.lineno}: {e.message}") from e
     knows_developer = "'developer'" in source or '"developer"' in source
