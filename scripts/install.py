@@ -48,11 +48,11 @@ def make_venv():
     if made.returncode:
         run(sys.executable, "-m", "venv", "--clear", "--without-pip", VENV)
         run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "--quiet", "pip")
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--upgrade", "pip")
+    run(PYTHON, "-m", "pip", "install", "-qq", "--upgrade", "pip")
 
 
 def install_package(dev):
-    run(PYTHON, "-m", "pip", "install", "--quiet", "--editable", ROOT + ("[dev]" if dev else ""))
+    run(PYTHON, "-m", "pip", "install", "-qq", "--editable", ROOT + ("[dev]" if dev else ""))
 
 
 def install_engine():

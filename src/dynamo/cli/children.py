@@ -19,7 +19,7 @@ import msgspec
 
 REMEMBERED_LINES = 200  # of output a child: enough for a traceback, and bounded
 SHOWN_LINES = 20  # of them in an error
-STOP_TIMEOUT_S = 10.0  # between SIGTERM and SIGKILL; a worker drains for 5 s by default, and engines need a moment
+STOP_TIMEOUT_S = 20.0  # between SIGTERM and SIGKILL; vLLM gives its own processes 5 s, more on a busy machine
 LAST_WORDS_S = 0.5  # to read what a dead child left in the pipe
 KILL_TIMEOUT_S = 5.0  # a killed process is gone at once unless it hangs in the kernel
 COLORS = ("36", "32", "33", "35", "34", "31")  # ANSI: cyan green yellow magenta blue red
