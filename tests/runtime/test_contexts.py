@@ -32,6 +32,14 @@ def test_watchers_hear_stop_and_then_kill() -> None:
     assert heard == ["stop", "kill"]
 
 
+def test_a_callback_that_fails_keeps_no_other_from_hearing() -> None:
+    context, heard = Context(), []
+    context.on_stop(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    context.watch(heard.append)
+    context.kill()
+    assert heard == ["kill"]
+
+
 def test_a_watcher_that_left_hears_nothing() -> None:
     context, heard = Context(), []
     context.watch(heard.append)

@@ -13,7 +13,9 @@ from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
     ConnectionTimeout,
+    Disconnected,
     DiscoveryError,
+    DynamoException,
     EngineShutdown,
     HttpError,
     InvalidArgument,
@@ -97,6 +99,15 @@ async def test_a_handler_may_be_a_method_and_change_what_it_yielded(runtime: Dis
     assert [item["i"] async for item in await client.generate(3, annotated=False)] == [0, 1, 2]
 
 
+async def test_a_handler_may_take_the_context_by_name(runtime: DistributedRuntime) -> None:
+    async def who(request: Any, *, context: Context) -> AsyncIterator[str]:
+        yield context.id()
+
+    await runtime.endpoint(ENDPOINT).start_endpoint(who)
+    client = await connect(runtime)
+    assert [x async for x in await client.generate(1, annotated=False, context=Context("me"))] == ["me"]
+
+
 async def test_identity_metadata_and_trace_reach_the_handler(runtime: DistributedRuntime) -> None:
     async def who(request: None, context: Context) -> AsyncIterator[Any]:
         yield [context.id(), context.metadata, context.trace_id, context.parent_span_id]
@@ -125,6 +136,28 @@ async def test_one_turn_of_the_worker_is_one_flush_of_each_sink(runtime: Distrib
             await sink.finished()
             assert sink.items == [0, 1, 2, 3, 4]
             assert sink.flushes == [5], "five items and the end came with one read, so one flush"
+
+
+async def test_a_sink_may_kill_another_when_the_connection_breaks(runtime: DistributedRuntime) -> None:
+    held = Held()
+    async with caller() as worker:
+        await worker.endpoint(ENDPOINT).start_push_endpoint(held)
+        client = await connect(runtime)
+        contexts = [Context(), Context()]
+        sinks = [push(client, None, context=context) for context in contexts]
+        await held.wait(2)
+        fail = sinks[0].on_error
+
+        def kill_the_other(error: DynamoException) -> None:
+            contexts[1].kill()
+            fail(error)
+
+        sinks[0].on_error = kill_the_other  # type: ignore[method-assign]
+        for connection in worker.server.connections:
+            connection.drop("the test says so")
+        assert isinstance((await sinks[0].finished()).error, Disconnected)
+        assert not sinks[1].done.is_set()
+        assert client.inflight(worker.instance_id) == 0
 
 
 async def test_a_sink_of_several_streams_is_flushed_once(runtime: DistributedRuntime) -> None:
@@ -418,6 +451,14 @@ async def test_inhibition_is_lifted_after_its_time_or_by_discovery(
     await endpoint.register_endpoint_instance()
     await until(lambda: client.available_ids() != [], timeout_s=0.15)
     assert changes[0] == 0
+
+
+async def test_a_callback_that_fails_stops_nobody_from_following(runtime: DistributedRuntime) -> None:
+    client = await runtime.endpoint(ENDPOINT).client()
+    client.on_change(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(Held(), instance_id=1)
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(Held(), instance_id=2)
+    await until(lambda: client.available_ids() == [1, 2])
 
 
 async def test_inhibition_can_be_turned_off(runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch) -> None:

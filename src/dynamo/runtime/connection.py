@@ -117,6 +117,8 @@ class Connection(asyncio.Protocol):
 
     def send(self, kind: int, body: object) -> None:
         """Queue one frame; all frames of one turn leave together. Raises InvalidArgument."""
+        if self.closed:
+            return
         try:
             buffer = wire.frame(kind, body)
         except wire.UNSENDABLE as e:
@@ -279,7 +281,8 @@ class Connection(asyncio.Protocol):
         self._pool.connection_failed(self)
         sinks = [call.sink for call in self.calls.values()]
         for call in tuple(self.calls.values()):
-            self._end_call(call, type(error)(error.message))  # an exception of its own: each is raised elsewhere
+            if call.id in self.calls:  # else a sink before it has killed it
+                self._end_call(call, type(error)(error.message))  # an exception of its own: each is raised elsewhere
         for sink in sinks:
             try:
                 sink.flush()

@@ -8,11 +8,14 @@ CANCEL frame; losing the caller's connection kills the worker's.
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
 from dynamo.runtime.tracing import AttributeValue, SpanProxy, TraceContext, extract, new_trace, new_trace_id, start_span
+
+log = logging.getLogger(__name__)
 
 CancelLevel = Literal["stop", "kill"]
 
@@ -113,7 +116,10 @@ class Context:
 
     def _tell(self, level: CancelLevel) -> None:
         for watcher in tuple(self._watchers):
-            watcher(level)
+            try:
+                watcher(level)
+            except Exception:
+                log.exception("a callback failed that was to hear of the %s of request %s", level, self._id)
 
     def async_killed_or_stopped(self) -> "asyncio.Future[bool]":
         """A future that becomes True when the request is stopped or killed."""

@@ -65,6 +65,7 @@ class DistributedRuntime:
         _only("response plane", response_plane or os.environ.get("DYN_RESPONSE_PLANE"), "tcp", "DYN_RESPONSE_PLANE")
         _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")
         _no_tls(os.environ)
+        _shutdown_limits()  # a wrong value must not show only when the process is told to end
         self.discovery: Discovery = open_discovery(discovery_backend)
         self.instance_id = secrets.randbelow((1 << 63) - 1) + 1
         self.process = f"{socket.gethostname()}/{os.getpid()}"
@@ -207,10 +208,10 @@ class DistributedRuntime:
                 await one.unregister()
             except DynamoException as e:
                 log.warning("leaving discovery: %s; the entry will expire", e)
-        grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
-        await self.server.all_left(grace_s)
+        grace_s, drain_s = _shutdown_limits()
+        if grace_s > 0:
+            await self.server.all_left(grace_s)
         self.server.admitting = False
-        drain_s = env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
         await asyncio.gather(*(self._end(one, drain_s if one.graceful else 0.0) for one in served))
         await self.server.close()
 
@@ -218,6 +219,12 @@ class DistributedRuntime:
         if not await served.route.drained(drain_s):
             log.warning("%s: requests in flight after %g s are cancelled", served.endpoint.path, drain_s)
         await served.finish("the worker is shutting down")
+
+
+def _shutdown_limits() -> tuple[float, float]:
+    """Grace and drain, in seconds. Raises ValueError naming the variable."""
+    grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
+    return grace_s, env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
 
 
 def _no_tls(environ: Mapping[str, str]) -> None:

@@ -28,31 +28,33 @@ _ITEMS_BETWEEN_YIELDS = 32  # a handler that never waits still lets the loop tur
 _REQUESTS_HIGH, _REQUESTS_LOW = 256, 64  # items of a bidirectional request that wait unread before its caller pauses
 
 
-def takes_context(handler: UserHandler) -> bool:
-    """Whether to call `handler(request, context)` rather than `handler(request)`."""
+def caller_of(handler: UserHandler) -> Callable[[Any, Context], Any]:
+    """How to call a handler: `(request, context)`, `(request, *, context)` or `(request)`, by its signature."""
     try:
         parameters = inspect.signature(handler).parameters.values()
     except (TypeError, ValueError):
-        return False
+        return lambda request, _context: handler(request)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    if len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return handler
+    if any(p.kind is p.KEYWORD_ONLY and p.name == "context" for p in parameters):
+        return lambda request, context: handler(request, context=context)
+    return lambda request, _context: handler(request)
 
 
 def push_handler(handler: UserHandler) -> PushHandler:
     """A user's handler for one request, as one that pushes."""
-    with_context = takes_context(handler)
+    call = caller_of(handler)
 
     def handle(payload: msgspec.Raw, stream: ResponseStream) -> None:
-        request = wire.decode(payload)
-        answer = handler(request, stream.context) if with_context else handler(request)
-        _drive(answer, stream)
+        _drive(call(wire.decode(payload), stream.context), stream)
 
     return handle
 
 
 def bidirectional_handler(handler: UserHandler) -> PushHandler:
     """A user's handler of a stream of requests, as one that pushes."""
-    with_context = takes_context(handler)
+    call = caller_of(handler)
 
     def handle(payload: msgspec.Raw, stream: ResponseStream) -> None:
         requests = PyAsyncRequestStream(stream)
@@ -60,7 +62,7 @@ def bidirectional_handler(handler: UserHandler) -> PushHandler:
         if first is not None:
             requests.feed(payload)
             requests.feed(None)
-        _drive(handler(requests, stream.context) if with_context else handler(requests), stream)
+        _drive(call(requests, stream.context), stream)
 
     return handle
 
@@ -160,6 +162,3 @@ async def _pour(answers: AsyncIterator[Any], stream: ServerStream) -> None:
 
 def _send(item: Any, stream: ServerStream) -> None:
     stream.send_now(item.to_wire() if isinstance(item, Annotated) else item)
-
-
-__all__ = ["Context", "PyAsyncRequestStream", "UserHandler", "bidirectional_handler", "push_handler", "takes_context"]

@@ -275,4 +275,7 @@ class InstanceSet:
         self.available = [t for i, t in sorted(self.targets.items()) if i not in self._inhibited]
         self._changed.set()
         for listener in tuple(self._listeners):
-            listener()
+            try:
+                listener()
+            except Exception:
+                log.exception("a callback failed that was to hear of the instances of %s", self.address)
