@@ -17,10 +17,9 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PromptTokensDetails
 from dynamo.llm.protocols.engine import FinishReason as Finish
-from dynamo.runtime.errors import Unknown
 from dynamo.vllm import guard, logprobs
 from dynamo.vllm.driver import DriverEvents, DriverRequest, EngineLoad
-from dynamo.vllm.sampling import invalid, is_refusal
+from dynamo.vllm.sampling import engine_error, invalid, is_refusal
 
 _STOP_TIMEOUT_S = 10.0  # for the core to end by itself; then vLLM kills it
 _HEALTH_INTERVAL_S = 0.5  # AsyncLLM tells of a death only to those who wait for tokens
@@ -131,17 +130,18 @@ class AsyncLLMDriver:
             async for made in outputs:
                 if self._streams.get(request_id) is not this:
                     return
+                if made.outputs[0].finish_reason == "error":
+                    raise engine_error(state.is_guided and not state.generated)
                 output = state.output(made)
                 if made.finished:
                     del self._streams[request_id]
-                    if made.outputs[0].finish_reason == "error":
-                        raise Unknown("vLLM failed on this request; its log has the reason")
                 self._push(request_id, output)
         except EngineDeadError:
             self._died()
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to this request's caller
-            self._streams.pop(request_id, None)
-            self._events.on_failed(request_id, invalid(error) if is_refusal(error) else error)
+            if self._streams.get(request_id) is this:
+                del self._streams[request_id]
+                self._events.on_failed(request_id, invalid(error) if is_refusal(error) else error)
         finally:
             await outputs.aclose()
 
@@ -170,19 +170,20 @@ class _Choice:
         self._prompt_tokens = len(request.token_ids)
         self._prompt_ids = request.token_ids
         self._eos = request.eos_token_ids
-        self._generated = 0
+        self.is_guided = params.structured_outputs is not None
+        self.generated = 0
         self._cumulative = 0.0
 
     def output(self, made: Any) -> EngineOutput:
         choice = made.outputs[0]
         token_ids = list(choice.token_ids)
         output = EngineOutput(token_ids=token_ids)
-        if self._generated == 0 and self._prompt_logprobs is not None and made.prompt_logprobs:
+        if self.generated == 0 and self._prompt_logprobs is not None and made.prompt_logprobs:
             output.prompt_logprobs = [
                 logprobs.from_mapping(entries, token_id, self._prompt_logprobs) if entries else None
                 for token_id, entries in zip(self._prompt_ids, made.prompt_logprobs, strict=True)
             ]
-        self._generated += len(token_ids)
+        self.generated += len(token_ids)
         if self._logprobs is not None and choice.logprobs:
             positions = list(zip(token_ids, choice.logprobs, strict=True))
             output.log_probs = [float(entries[token_id].logprob) for token_id, entries in positions]
@@ -198,8 +199,8 @@ class _Choice:
                 output.finish_reason = "eos"
             output.completion_usage = CompletionUsage(
                 self._prompt_tokens,
-                self._generated,
-                self._prompt_tokens + self._generated,
+                self.generated,
+                self._prompt_tokens + self.generated,
                 PromptTokensDetails(made.num_cached_tokens or 0),
             )
         return output

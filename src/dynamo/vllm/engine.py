@@ -53,6 +53,7 @@ class VllmEngine:
         started = time.monotonic()
         args = self.options.engine_args
         self._set_up_kv_events(args)
+        _repair_seeds(args)
         config = await asyncio.to_thread(_make_config, args)
         self.vllm_config = config
         driver, why = choose_driver()
@@ -318,6 +319,21 @@ def choose_driver() -> tuple[DriverName, str]:
     return "async", (
         f"the engine core is known for {', '.join(SUPPORTED_CORE)} only; tokens cost about three times the CPU"
     )
+
+
+def _repair_seeds(args: Any) -> None:
+    """Load `dynamo.vllm.cpu_worker` into the worker where it is needed and known."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or not vllm_version().startswith(SUPPORTED_CORE):
+        return
+    if args.worker_extension_cls:
+        log.warning(
+            "--worker-extension-cls is yours, so ours is not loaded: a seeded request whose prompt is computed in "
+            "chunks ends this version's engine on a CPU"
+        )
+        return
+    args.worker_extension_cls = "dynamo.vllm.cpu_worker.SeedRepair"
 
 
 def local_endpoint(endpoint: str, rank: int) -> str:

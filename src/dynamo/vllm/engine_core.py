@@ -29,9 +29,10 @@ from dynamo.llm.protocols.engine import (
     TopLogprob,
 )
 from dynamo.llm.protocols.engine import FinishReason as Finish
-from dynamo.runtime.errors import DynamoException, Unknown
+from dynamo.runtime.errors import DynamoException
 from dynamo.vllm import guard, logprobs
 from dynamo.vllm.driver import DriverEvents, DriverRequest, EngineLoad
+from dynamo.vllm.sampling import engine_error, invalid
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class _Live:
     prompt_rows: list[list[TopLogprob] | None] | None = None
     max_tokens: int | None = None
     lora_name: str | None = None
+    guided: bool = False
     stats: Any = None
 
 
@@ -125,11 +127,12 @@ class EngineCoreDriver:
             prompt_logprobs=params.prompt_logprobs,
             max_tokens=params.max_tokens,
             lora_name=request.lora_request.lora_name if request.lora_request else None,
+            guided=params.structured_outputs is not None,
             stats=RequestStateStats(arrival_time=core_request.arrival_time) if self._metrics else None,
         )
         self._live[core_id] = live
         self._core_ids[request.request_id] = core_id
-        self._send(self._core.add_request_async(core_request))
+        self._send(self._core.add_request_async(core_request), core_id)
 
     def abort(self, request_ids: list[str]) -> None:
         core_ids = [core_id for rid in request_ids if (core_id := self._core_ids.pop(rid, None))]
@@ -164,16 +167,22 @@ class EngineCoreDriver:
         self._live.clear()
         self._core_ids.clear()
 
-    def _send(self, sending: Any) -> None:
+    def _send(self, sending: Any, core_id: str | None = None) -> None:
         # Tasks run their first step, which is the send, in the order they were made.
         task = asyncio.ensure_future(sending)
         self._sends.add(task)
-        task.add_done_callback(self._sent_one)
+        task.add_done_callback(lambda sent: self._sent_one(sent, core_id))
 
-    def _sent_one(self, task: asyncio.Task[None]) -> None:
+    def _sent_one(self, task: asyncio.Task[None], core_id: str | None) -> None:
         self._sends.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = None if task.cancelled() else task.exception()
+        if error is None:
+            return
+        if core_id is None or isinstance(error, EngineDeadError):
             self._died(f"sending to vLLM's engine core failed: {error!r}")
+        elif (live := self._live.pop(core_id, None)) is not None:  # a value that msgpack cannot carry
+            self._core_ids.pop(live.request_id, None)
+            self._events.on_failed(live.request_id, invalid(error))
 
     async def _read_steps(self) -> None:
         core = self._core
@@ -195,7 +204,7 @@ class EngineCoreDriver:
 
     def _on_step(self, step: Any) -> None:
         batch: list[tuple[str, EngineOutput]] = []
-        failed: list[str] = []
+        failed: list[_Live] = []
         metrics = self._metrics.begin(step) if self._metrics is not None else None
         for made in step.outputs:
             live = self._live.get(made.request_id)
@@ -207,7 +216,7 @@ class EngineCoreDriver:
                 del self._live[made.request_id]
                 self._core_ids.pop(live.request_id, None)
                 if made.finish_reason == FinishReason.ERROR:
-                    failed.append(live.request_id)
+                    failed.append(live)
                     continue
             elif not made.new_token_ids:
                 _note_prefill(live, made)
@@ -217,8 +226,8 @@ class EngineCoreDriver:
             metrics.end(step)
         if batch:
             self._events.on_step(batch)
-        for request_id in failed:
-            self._events.on_failed(request_id, Unknown("vLLM failed on this request; its log has the reason"))
+        for live in failed:
+            self._events.on_failed(live.request_id, engine_error(live.guided and not live.generated))
         if (stats := step.scheduler_stats) is not None:
             waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
             self._events.on_engine_load(

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 from dynamo.llm.protocols.engine import GuidedDecoding, PreprocessedRequest
-from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.errors import DynamoException, InvalidArgument, Unknown
 
 _I64_MAX = 2**63 - 1  # vLLM carries seeds as a signed 64 bit integer (msgpack, torch.Generator)
 
@@ -147,6 +147,20 @@ def invalid(error: BaseException) -> InvalidArgument:
         if re.search(rf"\b{re.escape(word)}", lowered):
             return InvalidArgument(message, param)
     return InvalidArgument(message)
+
+
+def engine_error(before_guided_output: bool) -> DynamoException:
+    """What to tell the caller of a request that vLLM ended with an error; it gives no reason but in its log.
+
+    Args:
+        before_guided_output: the request's output was constrained and had not begun: nearly always its grammar.
+    """
+    if before_guided_output:
+        return InvalidArgument(
+            "vLLM could not compile or follow the constraint of guided_decoding; its log has the reason",
+            "guided_decoding",
+        )
+    return Unknown("vLLM failed on this request; its log has the reason")
 
 
 def _first_line(error: BaseException) -> str:
