@@ -155,6 +155,10 @@ class Answer(ABC):
         self.closed = True
         self._stop_workers()
 
+    def release(self) -> None:
+        """Forget the streams, which know the answer: a request must leave no cycle for the garbage collector."""
+        self.streams.clear()
+
     def _stop_workers(self) -> None:
         for stream in self.streams:
             stream.cancel()

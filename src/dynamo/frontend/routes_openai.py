@@ -103,6 +103,8 @@ class OpenAIRoutes:
             return sent
         finally:
             meter.finish(error_type, None if answer is None else answer.cached_tokens)
+            if answer is not None:
+                answer.release()
 
     async def _prepare(
         self, workers: WorkerSet, body: ChatCompletionRequest | CompletionRequest, found: dict[str, str]
