@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dynamo.vllm import args, cpu
-from dynamo.vllm.engine import choose_driver, local_endpoint
+from dynamo.vllm.engine import choose_driver
 
 SMALL, LARGE = 13 * 2**20, 16 * 2**30
 
@@ -96,19 +96,6 @@ def test_help_is_short_and_does_not_import_vllm() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) < 60
-
-
-@pytest.mark.parametrize(
-    ("endpoint", "rank", "expected"),
-    [
-        ("tcp://*:5557", 0, "tcp://127.0.0.1:5557"),
-        ("tcp://*:5557", 2, "tcp://127.0.0.1:5559"),
-        ("tcp://10.0.0.7:5557", 1, "tcp://10.0.0.7:5558"),
-        ("ipc:///run/events", 0, "ipc:///run/events"),
-    ],
-)
-def test_where_a_ranks_events_are_heard(endpoint: str, rank: int, expected: str) -> None:
-    assert local_endpoint(endpoint, rank) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo.engine.contract import EngineCallbacks, EngineConfig
+from dynamo.engine.zmq_kv_events import KvEventRelay, TieredEvents, local_endpoint
 from dynamo.llm.kv_events import LoadMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.vllm.args import VllmOptions
 from dynamo.vllm.driver import Driver, DriverRequest, EngineLoad
-from dynamo.vllm.kv_events import KvEventRelay, TieredEvents
 from dynamo.vllm.lora import Adapters
 
 log = logging.getLogger(__name__)
@@ -282,6 +282,7 @@ class VllmEngine:
             max_num_seqs=config.scheduler_config.max_num_seqs,
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             data_parallel_size=self._dp_size(),
+            publishes_kv_events=bool(self._relays),
             runtime_data={"engine": "vllm", "version": vllm_version(), "driver": self._running().name},
         )
 
@@ -334,16 +335,6 @@ def _repair_seeds(args: Any) -> None:
         )
         return
     args.worker_extension_cls = "dynamo.vllm.cpu_worker.SeedRepair"
-
-
-def local_endpoint(endpoint: str, rank: int) -> str:
-    """Where to connect for what vLLM binds as `endpoint` for `rank`: any-address becomes loopback, ports count up."""
-    if not endpoint.startswith("tcp://"):
-        return endpoint
-    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
-    if host in ("*", "0.0.0.0", "[::]", "::"):  # noqa: S104 - recognised, not bound
-        host = "127.0.0.1"
-    return f"tcp://{host}:{int(port) + rank}"
 
 
 def _make_config(args: Any) -> Any:

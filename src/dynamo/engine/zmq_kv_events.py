@@ -1,8 +1,9 @@
-"""Which blocks did vLLM just store or drop, and what are their content hashes?
+"""Which blocks did an engine just store or drop, and what are their content hashes?
 
-vLLM publishes its cache's changes over ZMQ as `[ts, [event, …], dp_rank]` with a sequence number. An event is a map
-with the key `type` (vLLM 0.24 and later) or an array with the type first (0.20 and before); both are read. What
-routers need beside is the content hash of each block (`dynamo.llm.block_hash`), computed here from the tokens.
+vLLM and SGLang publish their cache's changes over ZMQ as `[ts, [event, …], dp_rank]` with a sequence number. An event
+is a map with the key `type` (vLLM 0.24 and later, SGLang) or an array with the type first (vLLM 0.20 and before); both
+are read. What routers need beside is the content hash of each block (`dynamo.llm.block_hash`), computed here from the
+tokens.
 """
 
 import asyncio
@@ -20,7 +21,7 @@ from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, Stor
 
 log = logging.getLogger(__name__)
 
-REPLAY_TIMEOUT_S = 5.0  # vLLM answers within 100 ms; later means it cannot
+REPLAY_TIMEOUT_S = 5.0  # engines answer within 100 ms; later means they cannot
 _U64 = 2**64 - 1
 _END = 2**64 - 1  # the sequence number -1 that ends a replay, read unsigned
 _TIERS: dict[str, StorageTier] = {"GPU": "device", "CPU": "host_pinned", "STORAGE": "disk"}
@@ -32,14 +33,19 @@ _WHOLE_PREFIX_KINDS = (None, "full_attention", "mla_attention")  # other groups 
 TieredEvents = list[tuple[StorageTier, KvEventData]]
 
 
-class KvEventDecoder:
-    """Decodes the batches of one rank in order.
+class BlockSizeError(ValueError):
+    """The engine's blocks have another size than routers were told, so none of its hashes would ever be found."""
 
-    It remembers the cache salt of stored blocks: vLLM names it on a sequence's first block alone, while the content
+
+class KvEventDecoder:
+    """Decodes the batches of one rank in order. `block_size` is what blocks must have, in tokens; None takes any.
+
+    It remembers the cache salt of stored blocks: engines name it on a sequence's first block alone, while the content
     hash of every block of the sequence depends on it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int | None = None) -> None:
+        self._block_size = block_size
         self._salts: dict[int, str] = {}
         self._group: int | None = None
 
@@ -47,12 +53,15 @@ class KvEventDecoder:
         """The events of one batch, each with its tier.
 
         Raises:
+            BlockSizeError: a block has another size than it must have.
             ValueError: the payload is not a batch of KV events.
         """
         try:
             batch = msgspec.msgpack.decode(payload)
             events = batch[1]
             decoded = [self._event(_as_map(event)) for event in events]
+        except BlockSizeError:
+            raise
         except (msgspec.DecodeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not a batch of KV events: {error!r}") from error
         return [event for event in decoded if event is not None]
@@ -74,7 +83,7 @@ class KvEventDecoder:
         if kind == "AllBlocksCleared":
             self._salts.clear()
             return tier, KvEventData(cleared=True)
-        log.debug("vLLM sent a KV event of a kind this version does not know: %s", kind)
+        log.debug("the engine sent a KV event of a kind this version does not know: %s", kind)
         return None
 
     def _of_prefix_group(self, event: dict[str, Any]) -> bool:
@@ -87,6 +96,8 @@ class KvEventDecoder:
         return group in (None, self._group)
 
     def _stored(self, event: dict[str, Any]) -> Stored:
+        if self._block_size is not None and event["block_size"] != self._block_size:
+            raise BlockSizeError(f"KV events of {event['block_size']}-token blocks, expected {self._block_size}")
         hashes = [_u64(h) for h in event["block_hashes"]]
         parent = _u64(event["parent_block_hash"]) if event.get("parent_block_hash") is not None else None
         salt = self._salts.get(parent) if parent is not None else _salt(event)
@@ -129,14 +140,26 @@ def _salt(event: dict[str, Any]) -> str | None:
 class KvEventRelay:
     """Reads one rank's events and hands them on in order, asking for what was missed.
 
-    Subscribe before the engine starts, or the first batches may pass unseen (they are asked for again then).
+    Subscribe before the engine starts, or the first batches may pass unseen (they are asked for again with the next
+    one; `catch_up` asks for them at once, for an engine that is running already).
     """
 
     def __init__(
-        self, endpoint: str, replay_endpoint: str | None, topic: str, report: Callable[[TieredEvents], None]
+        self,
+        endpoint: str,
+        replay_endpoint: str | None,
+        topic: str,
+        report: Callable[[TieredEvents], None],
+        *,
+        block_size: int | None = None,
+        catch_up: bool = False,
     ) -> None:
-        """`report` is called on the event loop with the events of one batch."""
-        self._decoder = KvEventDecoder()
+        """`report` is called on the event loop with the events of one batch.
+
+        `block_size` is what blocks must have, in tokens. Raises zmq.ZMQError for an endpoint that is none.
+        """
+        self._block_size = block_size
+        self._decoder = KvEventDecoder(block_size)
         self._report = report
         self._context = Context()
         self._socket = self._context.socket(SUB)
@@ -145,7 +168,11 @@ class KvEventRelay:
         self._socket.connect(endpoint)
         self._replay_endpoint = replay_endpoint
         self._next = 0
-        self._task = asyncio.create_task(self._run(), name="vllm-kv-events")
+        self._last_heard = -1
+        self._complained = False
+        self.batches = 0
+        """Batches handed on so far."""
+        self._task = asyncio.create_task(self._run(catch_up), name="engine kv events")
 
     async def close(self) -> None:
         self._task.cancel()
@@ -154,13 +181,18 @@ class KvEventRelay:
         self._socket.close(linger=0)
         self._context.term()
 
-    async def _run(self) -> None:
+    async def _run(self, catch_up: bool) -> None:
+        if catch_up and self._replay_endpoint is not None:
+            await self._catch_up()
         while True:
             frames = await self._socket.recv_multipart()
             if len(frames) != 3 or len(frames[1]) != 8:
-                log.warning("ignoring a message of %d frames on vLLM's KV event socket", len(frames))
+                log.warning("ignoring a message of %d frames on the engine's KV event socket", len(frames))
                 continue
             seq = int.from_bytes(frames[1], "big")
+            if seq <= self._last_heard:  # a publisher counts up; only another one begins anew
+                self._begin_anew()
+            self._last_heard = seq
             if seq > self._next:
                 await self._recover(seq)
             if seq < self._next:
@@ -168,11 +200,48 @@ class KvEventRelay:
             self._next = seq + 1
             self._hand_on(frames[2])
 
+    def _begin_anew(self) -> None:
+        log.warning("the engine's KV events count from the beginning again: it was restarted, so its cache is empty")
+        self._decoder = KvEventDecoder(self._block_size)
+        self._next = 0
+        self._report([("device", KvEventData(cleared=True))])
+
     def _hand_on(self, payload: bytes) -> None:
         try:
-            self._report(self._decoder.decode(payload))
+            events = self._decoder.decode(payload)
+        except BlockSizeError as e:
+            self._complain(e)
         except ValueError:
             log.exception("ignoring a batch of KV events that cannot be read")
+        else:
+            self.batches += 1
+            self._report(events)
+
+    def _complain(self, error: BlockSizeError) -> None:
+        if not self._complained:
+            self._complained = True
+            log.error("%s: they are of no use and dropped; is this the engine of this worker?", error)
+
+    async def _catch_up(self) -> None:
+        """Ask for all that the engine still has of the time before. A view that begins empty may begin anywhere."""
+        try:
+            async with asyncio.timeout(REPLAY_TIMEOUT_S):
+                async for seq, payload in self._replay(0):
+                    if seq < self._next:
+                        break  # it was restarted meanwhile
+                    if seq > self._next:
+                        log.warning(
+                            "KV event batches %d to %d are not kept any more: "
+                            "blocks stored then are unknown until they are stored anew",
+                            self._next,
+                            seq - 1,
+                        )
+                    self._next = seq + 1
+                    self._hand_on(payload)
+        except TimeoutError:
+            log.warning("the engine did not replay its KV events within %.0f s", REPLAY_TIMEOUT_S)
+        else:
+            log.info("caught up with %d batches of KV events", self._next)
 
     async def _recover(self, until: int) -> None:
         missed = f"KV event batches {self._next} to {until - 1}"
@@ -184,7 +253,7 @@ class KvEventRelay:
                     self._next += 1
                     self._hand_on(payload)
         except TimeoutError:
-            log.warning("vLLM did not replay %s within %.0f s", missed, REPLAY_TIMEOUT_S)
+            log.warning("the engine did not replay %s within %.0f s", missed, REPLAY_TIMEOUT_S)
         if self._next < until:
             # What was stored or dropped in the gap is unknown. An empty index costs hits, a wrong one costs more.
             log.warning("%s are lost; the routers' view of this worker's cache starts anew", missed)
@@ -208,3 +277,13 @@ class KvEventRelay:
                 yield seq, payload
         finally:
             socket.close(linger=0)
+
+
+def local_endpoint(endpoint: str, rank: int) -> str:
+    """Where to connect for what an engine binds as `endpoint` for a rank: any-address is loopback, ports count up."""
+    if not endpoint.startswith("tcp://"):
+        return endpoint
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if host in ("*", "0.0.0.0", "[::]", "::"):  # noqa: S104 - recognised, not bound
+        host = "127.0.0.1"
+    return f"tcp://{host}:{int(port) + rank}"

@@ -10,9 +10,9 @@ import pytest
 import zmq
 from zmq.asyncio import Context
 
+from dynamo.engine.zmq_kv_events import KvEventDecoder, KvEventRelay, TieredEvents, BlockSizeError, local_endpoint
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.llm.kv_events import KvEventData
-from dynamo.vllm.kv_events import KvEventDecoder, KvEventRelay, TieredEvents
 
 BLOCK = 4
 TOKENS = list(range(100, 100 + 3 * BLOCK))
@@ -125,6 +125,24 @@ def test_events_of_an_unknown_kind_are_left_out() -> None:
 def test_garbage_is_a_value_error(payload: bytes) -> None:
     with pytest.raises(ValueError, match="KV events"):
         KvEventDecoder().decode(payload)
+
+
+def test_blocks_of_another_size_than_told_are_refused_and_named() -> None:
+    with pytest.raises(BlockSizeError, match="4-token blocks, expected 16"):
+        KvEventDecoder(16).decode(batch(stored([11])))
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "rank", "expected"),
+    [
+        ("tcp://*:5557", 0, "tcp://127.0.0.1:5557"),
+        ("tcp://*:5557", 2, "tcp://127.0.0.1:5559"),
+        ("tcp://10.0.0.7:5557", 1, "tcp://10.0.0.7:5558"),
+        ("ipc:///run/events", 0, "ipc:///run/events"),
+    ],
+)
+def test_where_a_ranks_events_are_heard(endpoint: str, rank: int, expected: str) -> None:
+    assert local_endpoint(endpoint, rank) == expected
 
 
 class Publisher:
@@ -240,8 +258,36 @@ async def test_a_batch_that_cannot_be_read_is_passed_over(publisher: Publisher, 
 async def test_a_silent_replay_does_not_stop_the_events(
     publisher: Publisher, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamo.vllm.kv_events.REPLAY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("dynamo.engine.zmq_kv_events.REPLAY_TIMEOUT_S", 0.2)
     publisher._task.cancel()
     await publisher.publish(1, lost=True)
     await publisher.publish(2)
     assert await heard.next(2) == [None, 2]
+
+
+async def test_a_running_engine_is_asked_at_once_for_what_it_still_keeps(publisher: Publisher) -> None:
+    for block_hash in (1, 2, 3):
+        await publisher.publish(block_hash, lost=True)
+    del publisher.kept[0]  # its buffer does not reach back to the beginning
+    heard = Heard()
+    relay = KvEventRelay(publisher.endpoint, publisher.replay_endpoint, TOPIC, heard, catch_up=True)
+    try:
+        assert await heard.next(2) == [2, 3]
+        await publisher.subscribed()
+        await publisher.publish(4)
+        assert await heard.next(1) == [4]
+        assert publisher.replays == 1
+    finally:
+        await relay.close()
+
+
+async def test_a_restarted_engine_clears_the_view_and_is_heard_from_its_beginning(
+    publisher: Publisher, heard: Heard
+) -> None:
+    for block_hash in (1, 2, 3):
+        await publisher.publish(block_hash)
+    publisher.kept.clear()
+    publisher._next = 0
+    await publisher.publish(4, lost=True)
+    await publisher.publish(5)
+    assert await heard.next(6) == [1, 2, 3, None, 4, 5]
