@@ -260,11 +260,11 @@ def test_a_step_takes_the_time_of_the_curves():
     scheduler = small_scheduler(StepTiming(speedup_ratio=2.0, decode_speedup_ratio=4.0))
     scheduler.add("a", request(range(20)), now=0.0)
     prefill = scheduler.schedule(0.0)
-    assert prefill.duration_s == pytest.approx((1.25e-6 * 400 + 7.41e-2 * 20 + 26.2) / 2000)
+    assert prefill.duration_s == pytest.approx((4.209989e-7 * 400 + 1.518344e-2 * 20 + 16.50142) / 2000)
     scheduler.complete(prefill, prefill.duration_s)
     decode = scheduler.schedule(0.0)
-    share = 6 / 32
-    assert decode.duration_s == pytest.approx((-5.47 * share**2 + 43.88 * share + 19.44) / 8000)
+    share = 21 / 128  # of the tokens that fit the cache
+    assert decode.duration_s == pytest.approx((-25.74 * share**2 + 54.01 * share + 5.74) / 8000)
 
 
 def test_latencies_are_counted():

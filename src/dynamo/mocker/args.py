@@ -16,8 +16,8 @@ from dynamo.engine.worker_args import (
     refuse,
     worker_options,
 )
+from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.sampler import Reasoning
-from dynamo.mocker.scheduler import SchedulerConfig
 from dynamo.mocker.sequence import Sequence as MockSequence
 from dynamo.mocker.timing import StepTiming
 from dynamo.runtime.options import OptionParser
@@ -122,18 +122,18 @@ class MockerOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     def _expected_tokens(self, seq: MockSequence) -> int:
         """SGLang admits by a guess of how much will be put out."""
-        left = min(seq.script.max_tokens - seq.num_output, self.sglang_clip_max_new_tokens)
-        return len(seq.tokens) + int(left * min(1.0, _NEW_TOKEN_RATIO * self.sglang_schedule_conservativeness))
+        left = min(seq.max_tokens - seq.num_output, self.sglang_clip_max_new_tokens)
+        return seq.num_tokens + int(left * min(1.0, _NEW_TOKEN_RATIO * self.sglang_schedule_conservativeness))
 
 
 def _known_tokens(seq: MockSequence) -> int:
     """vLLM admits what fits now, and preempts later."""
-    return len(seq.tokens)
+    return seq.num_tokens
 
 
 def _all_tokens(seq: MockSequence) -> int:
     """TensorRT-LLM's guaranteed_no_evict admits only what will fit to its end."""
-    return seq.num_prompt + seq.script.max_tokens
+    return seq.num_prompt + seq.max_tokens
 
 
 def make_parser() -> OptionParser:

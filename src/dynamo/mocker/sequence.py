@@ -17,56 +17,49 @@ class Status(enum.Enum):
 
 
 class Sequence:
-    """Tokens, how many of them have their KV computed, and the blocks that hold it.
+    """How many tokens there are, how many of them have their KV computed, and the blocks that hold it.
 
     The first `num_named` blocks are full and shared under `names` (sequence hashes), the other `num_blanks` are
-    its own. `room` is the number of tokens that all of them hold.
+    its own. `room` is the number of tokens that all of them hold. What the tokens are is a subclass's affair.
     """
 
     __slots__ = (
         "arrived_at",
         "block_size",
         "contents",
-        "first_token_at",
         "id",
+        "max_tokens",
         "names",
         "num_blanks",
         "num_cached",
         "num_computed",
         "num_named",
         "num_prompt",
-        "prompt_logprobs",
+        "num_tokens",
         "room",
-        "salts",
-        "script",
         "status",
-        "tokens",
     )
 
-    def __init__(self, id_: str, request: PreprocessedRequest, script: Script, block_size: int, now: float) -> None:
+    def __init__(self, id_: str, num_prompt: int, max_tokens: int, block_size: int, now: float) -> None:
         self.id = id_
-        self.tokens = list(request.token_ids)
-        self.num_prompt = len(self.tokens)
-        self.script = script
+        self.num_prompt = num_prompt
+        self.num_tokens = num_prompt
+        self.max_tokens = max_tokens
         self.block_size = block_size
         self.status = Status.WAITING
         self.arrived_at = now
-        self.first_token_at: float | None = None
-        self.prompt_logprobs = request.output_options.prompt_logprobs
         self.num_cached: int | None = None
         self.num_computed = 0
         self.num_named = 0
         self.num_blanks = 0
         self.room = 0
-        routing = request.routing
-        self.salts = (routing.lora_name, routing.cache_salt) if routing else (None, None)
         self.names: list[int] = []
         self.contents: list[int] = []
 
     @property
     def num_output(self) -> int:
         """Tokens put out so far."""
-        return len(self.tokens) - self.num_prompt
+        return self.num_tokens - self.num_prompt
 
     @property
     def num_blocks(self) -> int:
@@ -80,20 +73,35 @@ class Sequence:
 
     def hash_blocks(self) -> None:
         """Bring `contents` and `names` up to all full blocks of the tokens known."""
+        raise NotImplementedError
+
+    def forget_blocks(self) -> None:
+        """The blocks are given back: everything must be computed again."""
+        self.num_computed = self.num_named = self.num_blanks = self.room = 0
+
+
+class TokenSequence(Sequence):
+    """A sequence of real tokens, with the script of its answer."""
+
+    __slots__ = ("prompt_logprobs", "salts", "script", "tokens")
+
+    def __init__(self, id_: str, request: PreprocessedRequest, script: Script, block_size: int, now: float) -> None:
+        super().__init__(id_, len(request.token_ids), script.max_tokens, block_size, now)
+        self.tokens = list(request.token_ids)
+        self.script = script
+        self.prompt_logprobs = request.output_options.prompt_logprobs
+        routing = request.routing
+        self.salts = (routing.lora_name, routing.cache_salt) if routing else (None, None)
+
+    def hash_blocks(self) -> None:
+        """See `Sequence.hash_blocks`."""
         size, done = self.block_size, len(self.contents)
         if len(self.tokens) // size == done:
             return
         fresh = self._local_hashes(self.tokens[done * size :])
         self.contents += fresh
-        if done:
-            self.names += sequence_hashes([self.names[-1], *fresh])[1:]
-        else:
-            self.names = sequence_hashes(fresh)
+        self.names += sequence_hashes(fresh, self.names[-1] if done else None)
 
     def _local_hashes(self, tokens: Tokens[int]) -> list[int]:
         lora_name, cache_salt = self.salts
         return compute_block_hash_for_seq(tokens, self.block_size, lora_name=lora_name, cache_namespace=cache_salt)
-
-    def forget_blocks(self) -> None:
-        """The blocks are given back: everything must be computed again."""
-        self.num_computed = self.num_named = self.num_blanks = self.room = 0

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from dynamo.runtime.instruments import Counter, Histogram
 
 if TYPE_CHECKING:
-    from dynamo.mocker.scheduler import Scheduler, Step
+    from dynamo.mocker.scheduler import Scheduler
     from dynamo.runtime.metrics import Metrics
 
 # Seconds. The bounds of the real engine's histograms, so that panels made for them fit.
@@ -27,14 +27,14 @@ class SchedulerStats:
         self.e2e_s = Histogram(E2E_BOUNDS)
         self._last_step_at: float | None = None
 
-    def step(self, step: "Step", outputs: int, now: float) -> None:
+    def step(self, prefill_tokens: int, decodes: int, outputs: int, now: float) -> None:
         """A step ended. The time between two steps is the latency of each token that decoding sequences got."""
-        self.prompt_tokens.value += step.prefill_tokens
+        self.prompt_tokens.value += prefill_tokens
         self.generation_tokens.value += outputs
-        if self._last_step_at is not None and step.decodes:
+        if self._last_step_at is not None and decodes:
             latency = now - self._last_step_at
-            self.itl_s.counts[bisect_left(ITL_BOUNDS, latency)] += step.decodes
-            self.itl_s.sum += latency * step.decodes
+            self.itl_s.counts[bisect_left(ITL_BOUNDS, latency)] += decodes
+            self.itl_s.sum += latency * decodes
         self._last_step_at = now
 
 
