@@ -1,5 +1,6 @@
 """What do all tests share? Models made on the spot, and a runtime of this process alone."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,9 @@ from dynamo.cli.demo_model import make_demo_model
 
 if TYPE_CHECKING:
     from dynamo.runtime import DistributedRuntime
+
+for _name in [name for name in os.environ if name.startswith("DYN_")]:
+    del os.environ[_name]  # what the developer has set is not what is tested
 
 
 @pytest.fixture(scope="session")

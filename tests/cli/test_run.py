@@ -1,5 +1,6 @@
 """Does `dynamo run` serve, answer, chat and work off a file, and leave nothing behind? With real processes."""
 
+import codecs
 import contextlib
 import json
 import os
@@ -141,6 +142,7 @@ class Terminal:
             os.environ["TERM"] = "dumb"
             os.execv(sys.executable, [*DYNAMO, *words])
         self.text = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def expect(self, pattern: str, timeout_s: float = 30.0) -> str:
         """Read until `pattern`; returns what came before it."""
@@ -149,7 +151,7 @@ class Terminal:
             left = deadline - time.monotonic()
             assert left > 0, f"{pattern!r} did not come; there is {self.text[-2000:]!r}"
             if select.select([self.fd], [], [], left)[0]:
-                self.text += os.read(self.fd, 65536).decode(errors="replace")
+                self.text += self._decoder.decode(os.read(self.fd, 65536))
         before, self.text = self.text[: found.start()], self.text[found.end() :]
         return before
 
@@ -204,6 +206,13 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat: Terminal) -> None:
     chat.expect("Ctrl-D ends the chat")
     chat.type("/quit\n")
     assert chat.wait() == 0
+
+
+def test_a_chat_ends_with_the_reason_when_its_worker_dies(chat: Terminal) -> None:
+    worker = next(p for p in descendants(chat.pid) if b"dynamo.mocker" in Path(f"/proc/{p}/cmdline").read_bytes())
+    os.kill(worker, signal.SIGKILL)
+    chat.expect("worker was ended by SIGKILL")
+    assert chat.wait() == 1
 
 
 def lines(path: Path) -> list[dict[str, object]]:
