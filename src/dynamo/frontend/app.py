@@ -72,16 +72,13 @@ class App:
             "/docs": system.docs,
         }
 
-        self.idle = asyncio.Event()
-        """Set while no request is being answered."""
-        self.idle.set()
         self._in_flight = 0
+        self._idle: asyncio.Event | None = None  # only while somebody waits for it
 
     async def __call__(self, request: web.BaseRequest) -> Sent:
         connection = cast("HttpConnection", request.protocol)
         connection.request_id = None
         self._in_flight += 1
-        self.idle.clear()
         try:
             return await self._handler(request)(request)
         except DynamoException as e:
@@ -91,8 +88,20 @@ class App:
             return self._refuse(request, e)
         finally:
             self._in_flight -= 1
-            if not self._in_flight:
-                self.idle.set()
+            if self._idle is not None and not self._in_flight:
+                self._idle.set()
+
+    async def finished(self, timeout_s: float) -> bool:
+        """Wait until no request is being answered; False if some still are after `timeout_s`."""
+        self._idle = asyncio.Event()
+        if not self._in_flight:
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def _handler(self, request: web.BaseRequest) -> Handler:
         path = request.rel_url.raw_path

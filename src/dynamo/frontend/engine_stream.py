@@ -34,7 +34,7 @@ class Workers(Protocol):
     def choose(self, request: PreprocessedRequest) -> int:
         """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
 
-    def start_request(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
+    def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
 
 

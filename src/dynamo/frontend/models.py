@@ -141,6 +141,7 @@ class ModelRegistry:
         self._sets: dict[SetKey, WorkerSet] = {}
         self._by_key: dict[CardKey, SetKey] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._any_takes_text = False
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` whenever models or their readiness may have changed."""
@@ -153,6 +154,11 @@ class ModelRegistry:
     def ready(self) -> list[Model]:
         """The models that can answer, in order of appearance."""
         return [model for model in self._models.values() if model.ready]
+
+    @property
+    def any_takes_text(self) -> bool:
+        """Whether some model's workers read requests themselves, so that bodies must be looked at before decoding."""
+        return self._any_takes_text
 
     def sets(self) -> Iterator[WorkerSet]:
         """Every set of workers."""
@@ -176,9 +182,8 @@ class ModelRegistry:
             worker_set.close()
 
     def _put(self, key: CardKey, card: ModelDeploymentCard) -> None:
-        if card.model_input is not ModelInput.Tokens:
-            wants = card.model_input.value
-            log.warning("model card %s: %r takes %s, this version sends tokens only", key, card.display_name, wants)
+        if card.model_input is ModelInput.Tensor:
+            log.warning("model card %s: %r takes tensors, which this version does not send", key, card.display_name)
             return
         of = set_key(key, card)
         before = self._by_key.get(key)
@@ -228,6 +233,7 @@ class ModelRegistry:
     def _changed(self) -> None:
         for worker_set in self._sets.values():
             worker_set.refresh()
+        self._any_takes_text = any(worker_set.takes_text for worker_set in self._sets.values())
         for model in self._models.values():
             model.refresh()
             self._metrics.model_ready.labels(model.name).value = int(model.ready)

@@ -6,7 +6,7 @@ written. Everything that can go wrong before the first byte of an answer is rais
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import cast
 
@@ -20,6 +20,7 @@ from dynamo.frontend.engine_stream import EngineStream
 from dynamo.frontend.errors import RequestRefused, error_answer, model_not_found
 from dynamo.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics, RequestMeter
 from dynamo.frontend.models import ModelRegistry
+from dynamo.frontend.passthrough import PassThrough, peek
 from dynamo.frontend.server import HttpConnection, Sent, read_body
 from dynamo.frontend.stream_answer import StreamAnswer
 from dynamo.frontend.unary_answer import UnaryAnswer
@@ -35,7 +36,9 @@ from dynamo.llm.protocols.openai import (
     decode_completion,
 )
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.errors import DynamoException, InvalidArgument
+
+Decode = Callable[[bytes, RequestDefaults | None], ChatCompletionRequest | CompletionRequest]
 
 _NOTHING: frozenset[str] = frozenset()
 
@@ -58,23 +61,42 @@ class OpenAIRoutes:
         self._limits = limits
         self._watchdog = watchdog
         self._defaults = defaults
+        self._passthrough = PassThrough(metrics, limits, watchdog)
 
     async def chat(self, request: web.BaseRequest) -> Sent:
         """POST /v1/chat/completions."""
-        received_at = perf_counter()
-        check_json_type(request)
-        body = await read_body(request, self._limits.body_limit_bytes)
-        return await self._answer(request, received_at, decode_chat(body, self._defaults))
+        return await self._handle(request, ModelType.Chat, decode_chat)
 
     async def completions(self, request: web.BaseRequest) -> Sent:
         """POST /v1/completions."""
+        return await self._handle(request, ModelType.Completions, decode_completion)
+
+    async def _handle(self, request: web.BaseRequest, kind: ModelType, decode: Decode) -> Sent:
         received_at = perf_counter()
         check_json_type(request)
         body = await read_body(request, self._limits.body_limit_bytes)
-        return await self._answer(request, received_at, decode_completion(body, self._defaults))
+        workers = None
+        if self._models.any_takes_text and (asked := peek(body)) is not None:
+            workers = self._ready_workers(asked.model, kind)
+            if workers is not None and workers.takes_text:
+                chat = kind is ModelType.Chat
+                return await self._passthrough.answer(request, received_at, body, asked, workers, chat=chat)
+        return await self._answer(request, received_at, decode(body, self._defaults), workers)
+
+    def _ready_workers(self, name: str, kind: ModelType) -> WorkerSet | None:
+        """Who would answer, as far as it can be told before the body is decoded. What is wrong is said after that."""
+        model = self._models.get(name)
+        try:
+            return None if model is None else model.choose(kind)
+        except DynamoException:
+            return None
 
     async def _answer(
-        self, request: web.BaseRequest, received_at: float, body: ChatCompletionRequest | CompletionRequest
+        self,
+        request: web.BaseRequest,
+        received_at: float,
+        body: ChatCompletionRequest | CompletionRequest,
+        workers: WorkerSet | None = None,
     ) -> Sent:
         """Measure the request from its entry to its end, whatever the end is."""
         is_chat = isinstance(body, ChatCompletionRequest)
@@ -87,7 +109,8 @@ class OpenAIRoutes:
         try:
             if model is None:
                 raise model_not_found(body.model)
-            workers = model.choose(ModelType.Chat if is_chat else ModelType.Completions)
+            if workers is None:
+                workers = model.choose(ModelType.Chat if is_chat else ModelType.Completions)
             found = headers.relevant(request.headers.items(), self._limits.metadata_header)
             context = headers.make_context(found, self._limits.metadata_header)
             cast("HttpConnection", request.protocol).request_id = context.id()

@@ -48,6 +48,11 @@ class HttpConnection(web.RequestHandler):
         self.listener: ConnectionListener | None = None
         self.request_id: str | None = None
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """aiohttp calls this whenever a body was read, and then parses nothing and wakes the transport once more."""
+        if getattr(self, "_reading_paused", True):
+            super().resume_reading(resume_parser)
+
     def pause_writing(self) -> None:
         super().pause_writing()
         if self.listener is not None:

@@ -1,7 +1,6 @@
 """What does a running frontend consist of, and in which order does it begin and end?"""
 
 import asyncio
-import contextlib
 import logging
 import resource
 import ssl
@@ -106,14 +105,10 @@ class FrontendService:
     async def close(self) -> None:
         """Drain, give what runs `DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS`, end the rest with an error, and close."""
         self.drain()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._limits.graceful_shutdown_s):
-                await self._app.idle.wait()
-        for answer in self._watchdog.watched:
-            answer.fail(EngineShutdown("the frontend is shutting down"))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_WORDS_S):
-                await self._app.idle.wait()
+        if not await self._app.finished(self._limits.graceful_shutdown_s):
+            for answer in self._watchdog.watched:
+                answer.fail(EngineShutdown("the frontend is shutting down"))
+            await self._app.finished(LAST_WORDS_S)
         if self._listening is not None:
             self._listening.close()
         if self._http is not None:

@@ -15,7 +15,9 @@ from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, Work
 from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import Preprocessor
 from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.llm.protocols.passthrough import OPENAI_BYTES
 from dynamo.runtime.client import Client
+from dynamo.runtime.connection import Call
 from dynamo.runtime.context import Context
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import DynamoException, InvalidArgument, WorkerUnavailable
@@ -127,8 +129,9 @@ class WorkerSet:
         while True:
             try:
                 client = await self._runtime.endpoint(self.key.path).client(self._mode)
-                directory: Path = await fetch_files(self._runtime, self.card)
-                self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory)
+                if not self.takes_text:
+                    directory: Path = await fetch_files(self._runtime, self.card)
+                    self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory)
                 break
             except (DynamoException, OSError, ValueError) as e:
                 level = logging.WARNING if delay_s == FIRST_RETRY_S else logging.DEBUG
@@ -159,13 +162,23 @@ class WorkerSet:
     @property
     def ready(self) -> bool:
         """Whether a request can be prepared and sent."""
-        return self.preprocessor is not None and self._had_enough and self.worker_count > 0
+        prepares = self.preprocessor is not None or self.takes_text
+        return prepares and self._had_enough and self.worker_count > 0
 
     @property
     def serves(self) -> bool:
-        """Whether requests of clients go to workers of this kind: tokens in, and not one part of the work only."""
-        kind = self.card.worker_type in (WorkerType.Aggregated, WorkerType.Decode)
-        return kind and self.card.model_input is ModelInput.Tokens
+        """Whether requests of clients go to workers of this kind: not those that do one part of the work only."""
+        return self.card.worker_type in (WorkerType.Aggregated, WorkerType.Decode)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether the workers read requests themselves (`dynamo.frontend.passthrough`)."""
+        return self.card.model_input is ModelInput.Text
+
+    def takes_bytes(self, instance_id: int) -> bool:
+        """Whether a worker that reads requests itself wants them byte for byte."""
+        card = self.workers.get(instance_id, self.card)
+        return bool(card.runtime_config.runtime_data.get(OPENAI_BYTES))
 
     # --- sending
 
@@ -201,10 +214,10 @@ class WorkerSet:
             raise WorkerUnavailable(f"worker {instance_id} was asked for, but does not serve {self.key.model!r}")
         return instance_id
 
-    def start_request(self, instance_id: int, request: PreprocessedRequest, sink: StreamSink, context: Context) -> None:
+    def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> Call | None:
         """Send it; errors go to the sink."""
         assert self._client is not None
-        self._client.start(instance_id, request, sink, context)
+        return self._client.start(instance_id, request, sink, context)
 
 
 def set_key(key: CardKey, card: ModelDeploymentCard) -> SetKey:

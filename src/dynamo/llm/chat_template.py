@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -200,7 +201,7 @@ class ChatTemplate:
 
 def _run(chosen: _Compiled, names: dict[str, Any]) -> str:
     try:
-        return "".join(_until_deadline(chosen.template.generate(names)))
+        return _joined_by_deadline(chosen.template.generate(names))
     except TemplateRefusalError as e:
         # The author's own words for the caller.
         raise InvalidArgument(f"{e.message} (chat template {chosen.origin}, line {_line(e)})", "messages") from e
@@ -213,14 +214,16 @@ def _run(chosen: _Compiled, names: dict[str, Any]) -> str:
         ) from e
 
 
-def _until_deadline(pieces: Iterator[str]) -> Iterator[str]:
+def _joined_by_deadline(pieces: Iterator[str]) -> str:
     deadline = time.monotonic() + RENDER_LIMIT_S
-    for count, piece in enumerate(pieces, 1):
-        yield piece
-        if count % _CLOCK_EVERY == 0 and time.monotonic() > deadline:
+    made: list[str] = []
+    while batch := list(islice(pieces, _CLOCK_EVERY)):
+        made += batch
+        if len(batch) == _CLOCK_EVERY and time.monotonic() > deadline:
             raise InvalidArgument(
                 f"the chat template took more than {RENDER_LIMIT_S:g} s on these messages", "messages"
             )
+    return "".join(made)
 
 
 def _line(error: BaseException) -> int | str:

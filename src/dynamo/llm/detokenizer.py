@@ -15,6 +15,8 @@ from typing import Protocol
 
 MAX_CHAR_BYTES = 4  # the longest UTF-8 sequence
 
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")  # looked up once, not for each stream
+
 
 class IncrementalDecoder(Protocol):
     """Turns the tokens of one stream into text, a few at a time."""
@@ -104,7 +106,7 @@ class ByteStream:
     def __init__(self, data: ByteTable, texts: TextTable, tail: bytes) -> None:
         self._data = data
         self._texts = texts
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = _Utf8Decoder("replace")
         # A character that the prompt began is completed by the first tokens.
         self._utf8.decode(tail)
         self._pending = bool(self._utf8.getstate()[0])

@@ -1,0 +1,488 @@
+"""What happens to a request whose worker reads OpenAI's language itself?
+
+Nothing is checked, templated or tokenized here: the model's name is looked up, a worker is chosen, and what it answers
+goes to the client. The two forms of such workers are those of `dynamo.llm.protocols.passthrough`.
+"""
+
+import asyncio
+import logging
+import re
+from abc import ABC, abstractmethod
+from time import perf_counter
+from typing import Any, cast
+
+import msgspec
+from aiohttp import web
+
+from dynamo.frontend import headers, sse
+from dynamo.frontend.args import Limits
+from dynamo.frontend.chunk_fold import ChunkFold
+from dynamo.frontend.engine_stream import MAX_ATTEMPTS
+from dynamo.frontend.errors import error_answer
+from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
+from dynamo.frontend.server import HttpConnection, Sent, answer, head_bytes, sent
+from dynamo.frontend.stream_answer import STALLED_CLIENT_S
+from dynamo.frontend.watchdog import Watchdog
+from dynamo.frontend.worker_set import WorkerSet
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.llm.protocols.passthrough import Headers, OpenAIHead, OpenAIRequest
+from dynamo.runtime.annotated import Annotated
+from dynamo.runtime.connection import Call
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import (
+    Cancelled,
+    CannotConnect,
+    ConnectionTimeout,
+    DynamoException,
+    HttpError,
+    InvalidArgument,
+    StreamIncomplete,
+    Unknown,
+)
+
+log = logging.getLogger(__name__)
+
+CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
+_EVENTS = "text/event-stream"
+_NOT_PASSED_ON = frozenset(
+    (
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"),
+        *("transfer-encoding", "upgrade", "host", "content-length", "expect", "accept-encoding", "x-request-id"),
+    )
+)
+"""Headers that are about one connection, or that we say ourselves."""
+
+_PRINTABLE = re.compile(r"[\t\x20-\x7e]*")  # what a header may hold that comes from elsewhere
+
+_decode_any = msgspec.msgpack.Decoder().decode
+
+
+class Asked(msgspec.Struct):
+    """What has to be known of a body to send it somewhere."""
+
+    model: str = ""
+    stream: bool | None = None
+
+
+_decode_asked = msgspec.json.Decoder(Asked).decode
+
+
+def peek(body: bytes) -> Asked | None:
+    """The few fields that say where a body goes; None for one that is no request of any form."""
+    try:
+        return _decode_asked(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+class PassThrough:
+    """Sends requests on as they are."""
+
+    def __init__(self, metrics: FrontendMetrics, limits: Limits, watchdog: Watchdog) -> None:
+        self._metrics = metrics
+        self._limits = limits
+        self._watchdog = watchdog
+
+    async def answer(
+        self, request: web.BaseRequest, received_at: float, body: bytes, asked: Asked, workers: WorkerSet, *, chat: bool
+    ) -> Sent:
+        """Measure the request from its entry to its end, whatever the end is."""
+        series = self._metrics.model(asked.model)
+        endpoint = "chat_completions" if chat else "completions"
+        meter = RequestMeter(series, endpoint, "stream" if asked.stream else "unary", received_at)
+        passing: Passing | None = None
+        error_type = "cancelled"  # what it is if nothing below says otherwise: the task was cancelled
+        try:
+            found = headers.relevant(request.headers.items(), self._limits.metadata_header)
+            context = headers.make_context(found, self._limits.metadata_header)
+            connection = cast("HttpConnection", request.protocol)
+            connection.request_id = context.id()
+            # Routers choose by tokens; of this request there are none, only where it wants to go.
+            wish = PreprocessedRequest(asked.model, [], routing=headers.routing_pins(found) if found else None)
+            passing = Passing(request, _Parts(self._metrics, self._limits, meter, workers, context), wish, body, asked)
+            passing.path = CHAT_PATH if chat else COMPLETIONS_PATH
+            sent = await self._run(passing, connection)
+            error_type = passing.error_type
+        except Exception as e:
+            error_type = error_answer(e, self._limits.overload_status).error_type
+            raise
+        else:
+            return sent
+        finally:
+            meter.finish(error_type)
+
+    async def _run(self, passing: "Passing", connection: HttpConnection) -> Sent:
+        connection.listener = passing
+        self._watchdog.add(passing)
+        self._metrics.dispatched.value += 1
+        try:
+            if connection.transport is None:  # the client left already
+                passing.on_gone()
+            else:
+                passing.dispatch()
+            return await passing.done
+        finally:
+            self._metrics.dispatched.value -= 1
+            self._watchdog.remove(passing)
+            if connection.listener is passing:
+                connection.listener = None
+            passing.abandon()
+
+
+class _Parts(msgspec.Struct, frozen=True):
+    """What a request in flight works with."""
+
+    metrics: FrontendMetrics
+    limits: Limits
+    meter: RequestMeter
+    workers: WorkerSet
+    context: Context
+
+
+class Passing:
+    """One request in flight: the sink of its worker's answer, and the listener of its client's connection."""
+
+    path = CHAT_PATH
+
+    def __init__(
+        self, request: web.BaseRequest, parts: _Parts, wish: PreprocessedRequest, body: bytes, asked: Asked
+    ) -> None:
+        self._request = request
+        self._parts = parts
+        self._wish = wish
+        self._body = body
+        self._asked = asked
+        self._attempts = 0
+        self._call: Call | None = None
+        self._form: _Form | None = None
+        self._paused_at: float | None = None
+        self.done: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
+        self.closed = False
+        self.error_type = ""
+        self.active_at = perf_counter()
+
+    # --- to the worker
+
+    def dispatch(self) -> None:
+        """Choose a worker and send the request. Raises what says that it cannot be sent."""
+        self._attempts += 1
+        workers = self._parts.workers
+        start = perf_counter()
+        instance_id = workers.choose(self._wish)
+        self.active_at = now = perf_counter()
+        self._parts.metrics.route_seconds.observe(now - start)
+        output = _Output(self._request, self._parts.context)
+        if workers.takes_bytes(instance_id):
+            self._form = _BytesForm(output)
+            sent_on: object = OpenAIRequest(self.path, self._body, passed_on(self._request))
+        else:
+            streamed = bool(self._asked.stream)
+            self._form = _EventsForm(output, self._parts.limits) if streamed else _OneAnswerForm(output)
+            sent_on = as_map(self._body, streamed=streamed)
+        self._call = workers.start_request(instance_id, sent_on, self, self._parts.context)
+
+    def _dispatch_again(self) -> None:
+        if not self.closed:
+            try:
+                self.dispatch()
+            except DynamoException as e:
+                self.fail(e)
+
+    # --- from the worker
+
+    def on_item(self, item: msgspec.Raw) -> None:
+        """See `StreamSink`."""
+        if self.closed or self._form is None:
+            return
+        self.active_at = now = perf_counter()
+        try:
+            annotated: Annotated[Any] = Annotated.from_wire(_decode_any(item))
+            if annotated.is_error():
+                self.fail(Unknown("; ".join(annotated.comments()) or "the worker reported an error"))
+            elif (data := annotated.data()) is not None:
+                self._form.add(data)
+                if not self._parts.meter.first_token_at:
+                    self._parts.meter.tokens(now, 0.0, 0)  # when it came; how many there are is not ours to read
+        except (msgspec.DecodeError, TypeError, AttributeError, KeyError, ValueError) as e:
+            log.exception("a worker sent what is no answer in OpenAI's form, for request %s", self._parts.context.id())
+            self.fail(Unknown(f"the worker sent what is no answer in OpenAI's form: {e}"))
+
+    def flush(self) -> None:
+        """See `StreamSink`."""
+        if not self.closed and self._form is not None:
+            self._form.flush()
+
+    def on_end(self) -> None:
+        """See `StreamSink`."""
+        if self.closed or self._form is None:
+            return
+        try:
+            sent, status = self._form.finish()
+        except DynamoException as e:
+            self.fail(e)
+            return
+        self.closed = True
+        if status >= 400:  # the worker's own words went out; the metrics say what kind they were
+            described = error_answer(HttpError(status, ""), self._parts.limits.overload_status)
+            self.error_type = described.error_type
+            self._parts.metrics.failure(described.failure_class, described.reason)
+        self._resolve(sent)
+
+    def on_error(self, error: DynamoException) -> None:
+        """See `StreamSink`. Where nothing was sent, another worker may get it."""
+        if self.closed:
+            return
+        if isinstance(error, CannotConnect) and self._attempts < MAX_ATTEMPTS:
+            # Not now: the request plane first takes the worker out of rotation.
+            asyncio.get_running_loop().call_soon(self._dispatch_again)
+            return
+        self.fail(error)
+
+    def fail(self, error: DynamoException) -> None:
+        """End with an error that did not come from the worker's engine."""
+        if self.closed:
+            return
+        self.closed = True
+        self._parts.context.kill()
+        if self._form is None or not self._form.committed:
+            self._resolve(error)
+            return
+        described = error_answer(error, self._parts.limits.overload_status)
+        self.error_type = described.error_type
+        self._parts.metrics.failure(described.failure_class, described.reason)
+        self._resolve(self._form.break_off(described.body))
+
+    # --- the client's connection
+
+    def on_full(self) -> None:
+        """See `ConnectionListener`: let the worker wait, so that nothing piles up."""
+        self._paused_at = perf_counter()
+        if self._call is not None and not self.closed:
+            self._call.flow(False)
+
+    def on_writable(self) -> None:
+        """See `ConnectionListener`."""
+        self._paused_at = None
+        self.active_at = perf_counter()
+        if self._call is not None and not self.closed:
+            self._call.flow(True)
+
+    def on_gone(self) -> None:
+        """See `ConnectionListener`."""
+        if self.closed:
+            return
+        self.closed = True
+        self.error_type = "cancelled"
+        self._parts.metrics.disconnected.value += 1
+        self._parts.metrics.failure("Cancelled", "client.disconnected")
+        self._parts.context.kill()
+        self._resolve(Cancelled("the client closed the connection"))
+
+    # --- the watchdog
+
+    def check(self, now: float) -> None:
+        """See `Watched`."""
+        if self._paused_at is not None:
+            if now - self._paused_at > STALLED_CLIENT_S and (transport := self._request.transport) is not None:
+                transport.abort()  # and the connection tells `on_gone`
+            return
+        limit_s = self._parts.limits.stream_timeout_s
+        if now - self.active_at > limit_s:
+            self.fail(
+                ConnectionTimeout(f"the worker sent nothing for {limit_s:.0f} s (DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS)")
+            )
+        elif self._form is not None and not self.closed:
+            self._form.keep_alive(now)
+
+    # --- the end
+
+    def abandon(self) -> None:
+        """The handler is leaving, for whatever reason: the worker shall not go on for nothing."""
+        if not self.closed:
+            self.closed = True
+            self._parts.context.kill()
+        self._form = self._call = None  # no cycle for the garbage collector
+
+    def _resolve(self, outcome: Sent | DynamoException) -> None:
+        if self.done.done():
+            return
+        if isinstance(outcome, Sent):
+            self.done.set_result(outcome)
+        else:
+            self.done.set_exception(outcome)
+
+
+class _Output:
+    """What is written to the client: one whole answer, or a head and pieces."""
+
+    def __init__(self, request: web.BaseRequest, context: Context) -> None:
+        self.request = request
+        self.own_headers = (("x-request-id", context.id()),)
+        self.chunked = request.version >= (1, 1)
+        self.committed = False
+        self.written_at = perf_counter()
+
+    def whole(self, status: int, body: bytes, content_type: str, more: Headers | tuple[()] = ()) -> Sent:
+        """The whole answer."""
+        self.committed = True
+        return answer(self.request, status, body, content_type, (*self.own_headers, *more))
+
+    def piece(self, data: bytes, status: int = 200, more: Headers | tuple[()] = (), end: bool = False) -> Sent:
+        """A piece of a stream of events, after the head if it is the first."""
+        keep_alive = self.request.keep_alive and self.chunked
+        out = b""
+        if not self.committed:
+            self.committed = True
+            out = head_bytes(self.request, status, _EVENTS, None, (*self.own_headers, *more), keep_alive=keep_alive)
+        if self.chunked:
+            out += b"%x\r\n%b\r\n" % (len(data), data) if data else b""  # an empty chunk would end the body
+            out += b"0\r\n\r\n" if end else b""
+        else:
+            out += data
+        self.written_at = perf_counter()
+        transport = self.request.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(out)
+        return sent(keep_alive)
+
+
+class _Form(ABC):
+    """How the items of one kind of worker become bytes for the client."""
+
+    def __init__(self, output: _Output) -> None:
+        self._output = output
+
+    @property
+    def committed(self) -> bool:
+        """Whether the client has got something already."""
+        return self._output.committed
+
+    @abstractmethod
+    def add(self, data: Any) -> None:
+        """One item. Raises what says that it is none of this form."""
+
+    def flush(self) -> None:
+        """All that came with one read was added."""
+
+    @abstractmethod
+    def finish(self) -> tuple[Sent, int]:
+        """The last bytes; also the status. Raises StreamIncomplete if there was no answer."""
+
+    def break_off(self, error_body: bytes) -> Sent:
+        """The last bytes of a stream that failed after it began."""
+        return self._output.piece(sse.error_event(error_body), end=True)
+
+    def keep_alive(self, now: float) -> None:
+        """Write something if nothing was written for long, where that is ours to do."""
+
+
+class _BytesForm(_Form):
+    """A head, then bytes. Events go out as they come, anything else as one body."""
+
+    def __init__(self, output: _Output) -> None:
+        super().__init__(output)
+        self._head: OpenAIHead | None = None
+        self._parts: list[bytes] = []
+
+    def add(self, data: Any) -> None:
+        if self._head is None:
+            head = self._head = msgspec.convert(data, OpenAIHead)
+            if not (200 <= head.status <= 599 and _PRINTABLE.fullmatch(head.content_type)):
+                raise ValueError(f"status {head.status}, content type {head.content_type!r}")
+            head.headers = [(name, value) for name, value in head.headers if _PRINTABLE.fullmatch(name + value)]
+        elif isinstance(data, bytes):
+            self._parts.append(data)
+        else:
+            raise TypeError(f"a {type(data).__name__} where bytes of the body were expected")
+
+    @property
+    def _streams(self) -> bool:
+        return self._head is not None and self._head.status == 200 and self._head.content_type.startswith(_EVENTS)
+
+    def flush(self) -> None:
+        if self._parts and self._streams:
+            self._write(end=False)
+
+    def _write(self, end: bool) -> Sent:
+        assert self._head is not None
+        parts, self._parts = self._parts, []
+        return self._output.piece(b"".join(parts), self._head.status, self._head.headers, end)
+
+    def finish(self) -> tuple[Sent, int]:
+        head = self._head
+        if head is None:
+            raise StreamIncomplete("the worker ended its answer before it began")
+        if self._streams:
+            return self._write(end=True), head.status
+        return self._output.whole(head.status, b"".join(self._parts), head.content_type, head.headers), head.status
+
+
+class _EventsForm(_Form):
+    """Chunks as maps, for a client that wants a stream."""
+
+    def __init__(self, output: _Output, limits: Limits) -> None:
+        super().__init__(output)
+        self._parts: list[bytes] = []
+        self._keep_alive_s = limits.sse_keep_alive_ms / 1e3
+
+    def add(self, data: Any) -> None:
+        if not isinstance(data, dict):
+            raise TypeError(f"a {type(data).__name__} where a chunk was expected")
+        self._parts.append(b"data: " + sse.json_bytes(data) + b"\n\n")
+
+    def flush(self) -> None:
+        if self._parts:
+            self._output.piece(b"".join(self._parts), 200, _STREAM_HEADERS)
+            self._parts.clear()
+
+    def finish(self) -> tuple[Sent, int]:
+        self._parts.append(sse.DONE)
+        return self._output.piece(b"".join(self._parts), 200, _STREAM_HEADERS, end=True), 200
+
+    def keep_alive(self, now: float) -> None:
+        if self._keep_alive_s and self.committed and now - self._output.written_at >= self._keep_alive_s:
+            self._output.piece(sse.KEEP_ALIVE)
+
+
+_STREAM_HEADERS: Headers = [("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")]
+
+
+class _OneAnswerForm(_Form):
+    """Chunks as maps, for a client that wants one body."""
+
+    def __init__(self, output: _Output) -> None:
+        super().__init__(output)
+        self._fold = ChunkFold()
+
+    def add(self, data: Any) -> None:
+        self._fold.add(data)
+
+    def finish(self) -> tuple[Sent, int]:
+        if self._fold.empty:
+            raise StreamIncomplete("the worker ended its answer before it began")
+        return self._output.whole(200, sse.json_bytes(self._fold.whole()), "application/json"), 200
+
+
+def passed_on(request: web.BaseRequest) -> Headers:
+    """The client's headers that are meant for the end of the way."""
+    return [
+        (name, value)
+        for name, value in request.headers.items()
+        if name.lower() not in _NOT_PASSED_ON and not name.lower().startswith("x-dynamo-")
+    ]
+
+
+def as_map(body: bytes, *, streamed: bool) -> dict[str, Any]:
+    """The request as workers of the map form get it: they always stream, and count where one body is wanted.
+
+    Raises:
+        InvalidArgument: the body is not a JSON object.
+    """
+    try:
+        request = msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+        raise InvalidArgument(f"the body is not a JSON object: {e}") from None
+    request["stream"] = True
+    if not streamed:
+        request["stream_options"] = {"include_usage": True}
+    return request
