@@ -2,17 +2,29 @@
 
 A book of active requests. Every booking is closed exactly once, whatever ended the request, and all numbers are
 sums over open bookings: they cannot drift. Blocks that several requests of one worker share count once.
+
+What others than this router sent to a worker is known only from its own reports; it is kept apart (`set_foreign`)
+and added to the same columns, so that a choice sees all of it.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import msgspec
 
-from dynamo.router.types import Overlap, WorkerKey, WorkerLimits
+from dynamo.router.active_paths import ActivePaths, Node
+from dynamo.router.types import WorkerKey, WorkerLimits
 
-T = TypeVar("T")
+
+class Foreign(msgspec.Struct, frozen=True):
+    """Load at a worker that is not of requests in this book."""
+
+    prefill_tokens: int = 0
+    decode_blocks: int = 0
+    requests: int = 0
+
+
+NO_FOREIGN = Foreign()
 
 
 class Booking(msgspec.Struct):
@@ -20,13 +32,19 @@ class Booking(msgspec.Struct):
 
     request_id: str
     worker: WorkerKey
-    sequence_hashes: Sequence[int]
     new_tokens: int
-    overlap: Overlap
+    """Prompt tokens that count as queued there until the first token comes."""
     booked_at: float
+    end: Node
+    """Where its prompt's path ends."""
     prefilling: bool = True
     private_blocks: int = 0
     """Blocks nobody else can share: the prompt's partial tail, and what was generated."""
+    generated_blocks: int = 0
+    expected_blocks: float = 0.0
+    """Blocks the output is expected to fill; 0 if unknown."""
+    counted_blocks: int = 0
+    """Of the private blocks, how many are counted: fewer as the expected end comes near [K30]."""
 
 
 class ActiveLoad:
@@ -39,12 +57,29 @@ class ActiveLoad:
         self.prefill_requests: list[int] = []
         self.decode_blocks: list[int] = []
         self.requests: list[int] = []
+        self.progress_at: list[float] = []
         self.position: dict[WorkerKey, int] = {}
+        self.version = 0
         self.bookings: dict[str, Booking] = {}
-        self._counts: list[Counter[int]] = []
-        """By position: sequence hash -> how many active requests hold it."""
-        self._holders: dict[int, int] = {}
-        """Sequence hash -> the positions where an active request holds it, a bit for each."""
+        self._at: list[dict[str, Booking]] = []
+        """By position: the bookings there, oldest first."""
+        self._prefilling: list[dict[str, Booking]] = []
+        self._foreign: list[Foreign] = []
+        self._paths = ActivePaths()
+
+    def _columns(self) -> tuple[list[Any], ...]:
+        return (
+            self.workers,
+            self.limits,
+            self.prefill_tokens,
+            self.prefill_requests,
+            self.decode_blocks,
+            self.requests,
+            self.progress_at,
+            self._at,
+            self._prefilling,
+            self._foreign,
+        )
 
     # --- workers
 
@@ -55,19 +90,18 @@ class ActiveLoad:
             if limits is not None:
                 self.limits[position] = limits
             return
+        self.version += 1
         self.position[worker] = len(self.workers)
-        self.workers.append(worker)
-        self.limits.append(limits or WorkerLimits())
-        for column in (self.prefill_tokens, self.prefill_requests, self.decode_blocks, self.requests):
-            column.append(0)
-        self._counts.append(Counter())
+        row: tuple[Any, ...] = (worker, limits or WorkerLimits(), 0, 0, 0, 0, 0.0, {}, {}, NO_FOREIGN)
+        for column, value in zip(self._columns(), row, strict=True):
+            column.append(value)
 
     def remove_worker(self, worker: WorkerKey) -> list[str]:
         """Forget a worker and close its bookings. Returns their request ids."""
         position = self.position.get(worker)
         if position is None:
             return []
-        ids = [booking.request_id for booking in self.bookings.values() if booking.worker == worker]
+        ids = list(self._at[position])
         for request_id in ids:
             self.free(request_id)
         self._move_last_to(position)
@@ -75,50 +109,55 @@ class ActiveLoad:
 
     def _move_last_to(self, position: int) -> None:
         """Close the gap at `position`, whose worker holds nothing, with the last worker."""
+        self.version += 1
         last = len(self.workers) - 1
         del self.position[self.workers[position]]
         if position != last:
             self.position[self.workers[last]] = position
-            old, new = 1 << last, 1 << position
-            for block in self._counts[last]:
-                self._holders[block] = self._holders[block] & ~old | new
-        _move_last(self.workers, position)
-        _move_last(self.limits, position)
-        _move_last(self._counts, position)
-        for column in (self.prefill_tokens, self.prefill_requests, self.decode_blocks, self.requests):
-            _move_last(column, position)
+            for booking in self._at[last].values():
+                self._paths.move(booking.end, last, position)
+        for column in self._columns():
+            tail = column.pop()
+            if position < len(column):
+                column[position] = tail
 
-    # --- requests
+    def set_foreign(self, worker: WorkerKey, foreign: Foreign) -> None:
+        """Load at a worker from requests that are not in this book. Unknown workers are ignored."""
+        position = self.position.get(worker)
+        if position is None:
+            return
+        before = self._foreign[position]
+        self._foreign[position] = foreign
+        self.prefill_tokens[position] += foreign.prefill_tokens - before.prefill_tokens
+        self.decode_blocks[position] += foreign.decode_blocks - before.decode_blocks
+        self.requests[position] += foreign.requests - before.requests
+
+    def foreign(self, worker: WorkerKey) -> Foreign:
+        """What `set_foreign` said last."""
+        position = self.position.get(worker)
+        return NO_FOREIGN if position is None else self._foreign[position]
+
+    # --- asking
 
     def shared_blocks(self, sequence_hashes: Sequence[int]) -> dict[int, int]:
-        """By position: how many leading blocks active requests hold there already; only where there are any.
+        """By position: how many leading blocks active requests hold there already; only where there are any."""
+        return self._paths.shared(sequence_hashes)
 
-        Every request holds all blocks before one that it holds, so the sets of holders only shrink along a prompt
-        and their ends are found by bisection.
+    def oldest_prefill_tokens(self, position: int) -> int:
+        """Tokens of the prompt that the worker has had longest without a first token; 0 if there is none.
+
+        Engines compute prompts in order, so of all that is queued this one is partly done already.
         """
-        holders = self._holders.get
-        shared: dict[int, int] = {}
-        if not sequence_hashes:
-            return shared
-        low, mask = 0, holders(sequence_hashes[0], 0)
-        ahead = [(len(sequence_hashes), 0)]
-        while mask:
-            high, further = ahead[-1]
-            if further == mask:
-                low = high
-                ahead.pop()
-            elif high - low == 1:
-                gone = mask & ~further
-                while gone:
-                    bit = gone & -gone
-                    shared[bit.bit_length() - 1] = high
-                    gone ^= bit
-                low, mask = high, further
-                ahead.pop()
-            else:
-                middle = (low + high) >> 1
-                ahead.append((middle, holders(sequence_hashes[middle], 0)))
-        return shared
+        for booking in self._prefilling[position].values():
+            return booking.new_tokens
+        return 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing at all is booked: then every number is zero but for what others sent."""
+        return not self.bookings and self._paths.empty
+
+    # --- requests
 
     def book(
         self,
@@ -126,12 +165,11 @@ class ActiveLoad:
         worker: WorkerKey,
         sequence_hashes: Sequence[int],
         new_tokens: int,
-        overlap: Overlap,
         now: float,
         *,
         private_blocks: int = 0,
-        track_prefill: bool = True,
-    ) -> None:
+        expected_blocks: float = 0.0,
+    ) -> Booking:
         """Open a booking. `private_blocks` are those of the prompt without a hash, such as a last one in part.
 
         Raises:
@@ -140,58 +178,69 @@ class ActiveLoad:
         if request_id in self.bookings:
             raise KeyError(f"request {request_id!r} is booked already")
         position = self.position[worker]
-        booking = Booking(request_id, worker, sequence_hashes, new_tokens if track_prefill else 0, overlap, now)
-        self.bookings[request_id] = booking
-        counts, holders, bit = self._counts[position], self._holders, 1 << position
-        before = len(counts)
-        fresh = [block for block in sequence_hashes if block not in counts]
-        counts.update(sequence_hashes)
-        for block in fresh:
-            holders[block] = holders.get(block, 0) | bit
-        booking.private_blocks = private_blocks
-        self.decode_blocks[position] += len(counts) - before + booking.private_blocks
-        self.prefill_tokens[position] += booking.new_tokens
+        end, fresh = self._paths.add(sequence_hashes, position)
+        booking = Booking(
+            request_id,
+            worker,
+            new_tokens,
+            now,
+            end,
+            private_blocks=private_blocks,
+            expected_blocks=expected_blocks,
+            counted_blocks=private_blocks,
+        )
+        self.bookings[request_id] = self._at[position][request_id] = booking
+        if not self._prefilling[position]:
+            self.progress_at[position] = now
+        self._prefilling[position][request_id] = booking
+        self.decode_blocks[position] += fresh + private_blocks
+        self.prefill_tokens[position] += new_tokens
         self.prefill_requests[position] += 1
         self.requests[position] += 1
+        return booking
 
-    def prefill_done(self, request_id: str) -> None:
+    def prefill_done(self, request_id: str, now: float | None = None) -> None:
         """The request made its first token. Unknown ids and later calls are ignored."""
         booking = self.bookings.get(request_id)
         if booking is not None and booking.prefilling:
-            booking.prefilling = False
-            position = self.position[booking.worker]
-            self.prefill_tokens[position] -= booking.new_tokens
-            self.prefill_requests[position] -= 1
+            self._end_prefill(booking, self.position[booking.worker])
+            if now is not None:
+                self.progress_at[self.position[booking.worker]] = now
+
+    def _end_prefill(self, booking: Booking, position: int) -> None:
+        booking.prefilling = False
+        del self._prefilling[position][booking.request_id]
+        self.prefill_tokens[position] -= booking.new_tokens
+        self.prefill_requests[position] -= 1
 
     def output_block(self, request_id: str) -> None:
-        """The request filled one more block with what it generated [K30]. Unknown ids are ignored."""
+        """The request filled one more block with what it generated [K30]. Unknown ids are ignored.
+
+        If its length is expected, its own blocks count for less as its end comes near: by the share of the output
+        that is still to come.
+        """
         booking = self.bookings.get(request_id)
-        if booking is not None:
-            booking.private_blocks += 1
-            self.decode_blocks[self.position[booking.worker]] += 1
+        if booking is None:
+            return
+        booking.private_blocks += 1
+        booking.generated_blocks += 1
+        counted = booking.private_blocks
+        if booking.expected_blocks > 0:
+            counted = round(counted * max(0.0, 1 - booking.generated_blocks / booking.expected_blocks))
+        self.decode_blocks[self.position[booking.worker]] += counted - booking.counted_blocks
+        booking.counted_blocks = counted
 
     def free(self, request_id: str) -> Booking | None:
         """Close a booking, and say what it was. Unknown ids are ignored, so that every path may call this."""
-        booking = self.bookings.get(request_id)
+        booking = self.bookings.pop(request_id, None)
         if booking is None:
             return None
-        self.prefill_done(request_id)
-        del self.bookings[request_id]
         position = self.position[booking.worker]
-        counts, holders, bit = self._counts[position], self._holders, 1 << position
-        before = len(counts)
-        for block in booking.sequence_hashes:
-            left = counts[block] - 1
-            if left:
-                counts[block] = left
-                continue
-            del counts[block]
-            mask = holders[block] ^ bit
-            if mask:
-                holders[block] = mask
-            else:
-                del holders[block]
-        self.decode_blocks[position] -= before - len(counts) + booking.private_blocks
+        del self._at[position][request_id]
+        if booking.prefilling:
+            self._end_prefill(booking, position)
+        gone = self._paths.drop(booking.end, position)
+        self.decode_blocks[position] -= gone + booking.counted_blocks
         self.requests[position] -= 1
         return booking
 
@@ -208,9 +257,3 @@ class ActiveLoad:
         for request_id in stale:
             self.free(request_id)
         return stale
-
-
-def _move_last(column: list[T], position: int) -> None:
-    last = column.pop()
-    if position < len(column):
-        column[position] = last

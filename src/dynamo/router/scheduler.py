@@ -6,16 +6,40 @@ this. It brings together who holds what (`OverlapSource`), who is busy (`ActiveL
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import msgspec
 
 from dynamo.router.active_load import ActiveLoad, Booking
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies import Policy, make_policy
-from dynamo.router.types import Decision, Overlap, OverlapSource, RouteRequest, View, WorkerKey, WorkerLimits
+from dynamo.router.types import (
+    Decision,
+    Decoded,
+    Overlap,
+    OverlapSource,
+    Prefilled,
+    RouteRequest,
+    View,
+    WorkerKey,
+    WorkerLimits,
+)
 from dynamo.runtime.errors import WorkerUnavailable
 
 NO_OVERLAP = Overlap()
+GROUPS_KNOWN = 1024  # sets of workers whose positions are remembered; at 1,000 workers in each, 16 MB
+
+
+class _Sent(msgspec.Struct):
+    """How a worker stood when a request was sent there, until the policy has learnt from it."""
+
+    at: float
+    queued_tokens: int
+    decodes: int
+    decode_blocks: int
+    new_tokens: int
+    first_token_at: float | None = None
 
 
 class KvScheduler:
@@ -35,18 +59,22 @@ class KvScheduler:
         self.overlaps = overlaps
         self.policy = policy or make_policy(config.router_policy, config)
         self.load = ActiveLoad()
+        self._positions = _Positions(overlaps, self.load)
+        self.suspended: set[WorkerKey] = set()
+        """Workers that get nothing new: they failed a moment ago, or are leaving. What they have stays booked."""
         self._rng = rng or random.Random()
-        self._sent: dict[str, tuple[float, int]] = {}
-        """Request id -> when it was booked, and how many prompt tokens were queued before it."""
+        self._sent: dict[str, _Sent] = {}
 
     # --- workers
 
     def add_worker(self, worker: WorkerKey, limits: WorkerLimits | None = None) -> None:
-        """Let a worker be chosen."""
+        """Let a worker be chosen, or know its new limits."""
         self.load.add_worker(worker, limits)
 
     def remove_worker(self, worker: WorkerKey) -> list[str]:
         """A worker is gone. Returns the ids of the requests that were booked there."""
+        self.suspended.discard(worker)
+        self.policy.forget(worker)
         ids = self.load.remove_worker(worker)
         for request_id in ids:
             self._sent.pop(request_id, None)
@@ -56,10 +84,8 @@ class KvScheduler:
 
     def view(self, request: RouteRequest, now: float) -> View:
         """Everything a policy looks at, for one request."""
-        position = self.load.position
         hashes = request.sequence_hashes
-        found = self.overlaps.find(hashes, now)
-        overlaps = {position[worker]: overlap for worker, overlap in found.items() if worker in position}
+        overlaps, most = self._positions.overlaps(hashes, now)
         shared: dict[int, int] = {}
         if self.config.router_track_active_blocks and self._assume_reuse(request):
             shared = self.load.shared_blocks(hashes)
@@ -70,6 +96,7 @@ class KvScheduler:
             blocks=-(-request.token_count // self.block_size),
             overlaps=overlaps,
             shared_blocks=shared,
+            most_overlap=most,
             now=now,
         )
 
@@ -79,11 +106,11 @@ class KvScheduler:
         Raises:
             WorkerUnavailable: there is no worker, or none that the request may go to.
         """
-        if not self.load.workers:
-            raise WorkerUnavailable("no worker has joined the router")
+        eligible = self.eligible(request)
         view = self.view(request, now)
         costs = self.policy.costs(view)
-        eligible = self._eligible(request)
+        if request.preferred_taints:
+            costs = self._prefer(costs, request.preferred_taints)
         position, reason = self._choose(costs, eligible, self._temperature(request))
         overlap = view.overlaps.get(position, NO_OVERLAP)
         new_tokens = view.new_tokens(position)
@@ -92,33 +119,63 @@ class KvScheduler:
             overlap=overlap,
             new_tokens=new_tokens,
             cost=costs[position],
-            hit_rate=1 - new_tokens / request.token_count if overlap.total else 0.0,
+            hit_rate=1 - new_tokens / request.token_count if overlap.total and request.token_count else 0.0,
             policy=self.policy.name,
             reason=reason,
             candidates=len(costs) if eligible is None else len(eligible),
-            best_overlap_blocks=max((held.total for held in view.overlaps.values()), default=0),
-            explanation=self._explain(view, costs, eligible) if explain else None,
+            best_overlap_blocks=view.most_overlap if eligible is None else _most(view.overlaps, eligible),
+            explanation=self._explain(view, costs, eligible, position, reason) if explain else None,
         )
 
-    def _eligible(self, request: RouteRequest) -> list[int] | None:
-        """Positions this request may go to; None for all."""
-        if request.allowed is None and not request.required_taints:
+    def eligible(self, request: RouteRequest) -> list[int] | None:
+        """Positions this request may go to; None for all.
+
+        Raises:
+            WorkerUnavailable: it may go to none.
+        """
+        workers = self.load.workers
+        if request.allowed is None and not request.required_taints and not self.suspended:
+            if not workers:
+                raise WorkerUnavailable("no worker has joined the router")
             return None
-        limits, workers = self.load.limits, self.load.workers
+        limits, position = self.load.limits, self.load.position
+        positions = range(len(workers)) if request.allowed is None else map(position.get, request.allowed)
         eligible = [
-            position
-            for position, worker in enumerate(workers)
-            if (request.allowed is None or worker in request.allowed)
-            and request.required_taints <= limits[position].taints
+            at
+            for at in positions
+            if at is not None and request.required_taints <= limits[at].taints and workers[at] not in self.suspended
         ]
         if not eligible:
-            wanted = []
-            if request.allowed is not None:
-                wanted.append(f"workers {sorted(request.allowed)[:3]}")
-            if request.required_taints:
-                wanted.append(f"taints {sorted(request.required_taints)}")
-            raise WorkerUnavailable(f"none of {len(workers)} workers is among the {' with '.join(wanted)} asked for")
+            raise WorkerUnavailable(self._why_none(request))
         return eligible
+
+    def _why_none(self, request: RouteRequest) -> str:
+        wanted = []
+        if request.allowed is not None:
+            names = ", ".join(f"{key.worker_id}/{key.dp_rank}" for key in sorted(request.allowed)[:3])
+            wanted.append(f"is {names}" + (" or another of those asked for" if len(request.allowed) > 3 else ""))
+        if request.required_taints:
+            wanted.append(f"has the taints {sorted(request.required_taints)}")
+        if self.suspended:
+            wanted.append("has not failed or begun to leave a moment ago")
+        count = len(self.load.workers)
+        return (
+            f"none of {count} workers " + " and ".join(wanted)
+            if count and wanted
+            else "no worker has joined the router"
+        )
+
+    def _prefer(self, costs: list[float], weights: Mapping[str, float]) -> list[float]:
+        """Multiply each cost by 1 - tanh(sum of the weights of the taints the worker has) [K47]."""
+        factors: dict[frozenset[str], float] = {}
+        for limits in self.load.limits:
+            if limits.taints not in factors:
+                factors[limits.taints] = 1 - math.tanh(sum(weights.get(taint, 0.0) for taint in limits.taints))
+        # A cost below zero is made better by making it larger.
+        return [
+            cost * factor if cost >= 0 else cost * (2 - factor)
+            for cost, factor in zip(costs, (factors[limits.taints] for limits in self.load.limits), strict=True)
+        ]
 
     def _choose(self, costs: Sequence[float], eligible: list[int] | None, temperature: float) -> tuple[int, str]:
         if eligible is not None:
@@ -155,74 +212,135 @@ class KvScheduler:
             return override.assume_kv_reuse
         return self.config.router_assume_kv_reuse
 
-    def _explain(self, view: View, costs: Sequence[float], eligible: list[int] | None) -> dict[str, Any]:
+    def _track_prefill(self, request: RouteRequest) -> bool:
+        override = request.override
+        if override is not None and override.track_prefill_tokens is not None:
+            return override.track_prefill_tokens
+        return self.config.router_track_prefill_tokens
+
+    # --- explaining
+
+    def _explain(
+        self, view: View, costs: Sequence[float], eligible: list[int] | None, chosen: int, reason: str
+    ) -> dict[str, Any]:
         """The candidates with what was known of each, best first."""
         positions = range(len(costs)) if eligible is None else eligible
-        fleet = self.load
         return {
             "policy": self.policy.name,
+            "reason": reason,
+            "worker": self.load.workers[chosen]._asdict(),
             "block_size": self.block_size,
             "prompt_tokens": view.request.token_count,
-            "candidates": [
-                {
-                    "worker_id": fleet.workers[i].worker_id,
-                    "dp_rank": fleet.workers[i].dp_rank,
-                    "cost": round(costs[i], 3),
-                    "overlap_blocks": view.overlaps.get(i, NO_OVERLAP)._asdict(),
-                    "prefill_tokens": fleet.prefill_tokens[i],
-                    "decode_blocks": fleet.decode_blocks[i],
-                    "active_requests": fleet.requests[i],
-                    "terms": {name: round(term, 3) for name, term in self.policy.terms(view, i).items()},
-                }
-                for i in sorted(positions, key=costs.__getitem__)
-            ],
+            "candidates": [self._explain_one(view, costs, i) for i in sorted(positions, key=costs.__getitem__)],
         }
+
+    def _explain_one(self, view: View, costs: Sequence[float], position: int) -> dict[str, Any]:
+        fleet = self.load
+        return {
+            **fleet.workers[position]._asdict(),
+            "cost": round(costs[position], 3),
+            "overlap_blocks": view.overlaps.get(position, NO_OVERLAP)._asdict(),
+            "new_tokens": view.new_tokens(position),
+            "prefill_tokens": fleet.prefill_tokens[position],
+            "decode_blocks": fleet.decode_blocks[position],
+            "potential_decode_blocks": view.potential_decode_blocks(position),
+            "active_requests": fleet.requests[position],
+            "terms": {name: round(term, 3) for name, term in self.policy.terms(view, position).items()},
+        }
+
+    def potential_loads(self, request: RouteRequest, now: float) -> list[dict[str, Any]]:
+        """By worker: its load if this request were added [K53]. Changes nothing."""
+        view = self.view(request, now)
+        return [
+            {
+                **worker._asdict(),
+                "potential_prefill_tokens": self.load.prefill_tokens[i] + view.new_tokens(i),
+                "potential_decode_blocks": view.potential_decode_blocks(i),
+                "active_requests": self.load.requests[i],
+            }
+            for i, worker in enumerate(self.load.workers)
+        ]
 
     # --- the life of a request
 
     def book(self, request: RouteRequest, decision: Decision, now: float) -> None:
-        """The request is sent where `decision` says."""
-        override = request.override
-        track_prefill = self.config.router_track_prefill_tokens
-        if override is not None and override.track_prefill_tokens is not None:
-            track_prefill = override.track_prefill_tokens
-        position = self.load.position[decision.worker]
-        queued = self.load.prefill_tokens[position]
+        """The request is sent where `decision` says.
+
+        Raises:
+            KeyError: the worker is gone, or the request's id is booked already.
+        """
         hashes: Sequence[int] = ()
         if self.config.router_track_active_blocks and self._assume_reuse(request):
             hashes = request.sequence_hashes
-        self.load.book(
+        load = self.load
+        if self.policy.learns:
+            at = load.position[decision.worker]
+            sent = _Sent(
+                now,
+                load.prefill_tokens[at],
+                load.requests[at] - load.prefill_requests[at],
+                load.decode_blocks[at],
+                decision.new_tokens,
+            )
+        expected = request.expected_output_tokens if self.config.router_track_output_blocks else None
+        load.book(
             request.request_id,
             decision.worker,
             hashes,
-            decision.new_tokens,
-            decision.overlap,
+            decision.new_tokens if self._track_prefill(request) else 0,
             now,
             private_blocks=self._private_blocks(request, len(hashes)),
-            track_prefill=track_prefill,
+            expected_blocks=(expected or 0) / self.block_size,
         )
-        self._sent[request.request_id] = (now, queued)
+        if self.policy.learns:
+            self._sent[request.request_id] = sent
 
     def _private_blocks(self, request: RouteRequest, shared: int) -> int:
         """Blocks of the prompt that no other request can share, as far as this router is to know."""
-        return -(-request.token_count // self.block_size) - shared if self.config.router_track_active_blocks else 0
+        if not self.config.router_track_active_blocks:
+            return 0
+        return max(0, -(-request.token_count // self.block_size) - shared)
 
     def prefill_done(self, request_id: str, now: float) -> None:
         """The request made its first token. Unknown ids and later calls are ignored."""
-        sent = self._sent.pop(request_id, None)
-        booking = self.load.bookings.get(request_id)
-        if sent is not None and booking is not None:
-            self.policy.observe(booking.worker, booking.new_tokens, now - sent[0], sent[1])
-        self.load.prefill_done(request_id)
+        sent = self._sent.get(request_id)
+        if sent is not None and sent.first_token_at is None:
+            sent.first_token_at = now
+            self.policy.prefilled(
+                Prefilled(
+                    self.load.bookings[request_id].worker,
+                    sent.new_tokens,
+                    sent.queued_tokens,
+                    sent.decodes,
+                    sent.decode_blocks,
+                    now - sent.at,
+                )
+            )
+        self.load.prefill_done(request_id, now)
 
     def output_block(self, request_id: str) -> None:
         """The request generated one more block of tokens [K30]."""
         if self.config.router_track_output_blocks:
             self.load.output_block(request_id)
 
-    def free(self, request_id: str) -> Booking | None:
-        """The request ended, however it did. Unknown ids are ignored, so that every path may call this."""
-        self._sent.pop(request_id, None)
+    def free(self, request_id: str, now: float | None = None, output_tokens: int | None = None) -> Booking | None:
+        """The request ended, however it did. Unknown ids are ignored, so that every path may call this.
+
+        `output_tokens`, of a request that ended in order at `now`, tell the policy how fast the worker decodes.
+        """
+        sent = self._sent.pop(request_id, None)
+        if sent is not None and now is not None and output_tokens and sent.first_token_at is not None:
+            worker = self.load.bookings[request_id].worker
+            at = self.load.position[worker]
+            self.policy.decoded(
+                Decoded(
+                    worker,
+                    output_tokens,
+                    now - sent.first_token_at,
+                    self.load.requests[at],
+                    self.load.decode_blocks[at],
+                )
+            )
         return self.load.free(request_id)
 
     def expire(self, now: float) -> list[str]:
@@ -231,3 +349,51 @@ class KvScheduler:
         for request_id in stale:
             self._sent.pop(request_id, None)
         return stale
+
+
+def _most(overlaps: Mapping[int, Overlap], eligible: list[int]) -> int:
+    """The most blocks that any worker which may be chosen holds."""
+    return max((overlaps[at].total for at in eligible if at in overlaps), default=0)
+
+
+class _Positions:
+    """Who holds what, by position. Owns what it remembers of which workers are where."""
+
+    def __init__(self, source: OverlapSource, load: ActiveLoad) -> None:
+        self._find = source.find
+        self._groups: Callable[..., Sequence[tuple[Overlap, Sequence[WorkerKey]]]] | None
+        self._groups = getattr(source, "groups", None)
+        self._load = load
+        self._version = load.version
+        self._known: dict[int, tuple[Sequence[WorkerKey], tuple[int, ...]]] = {}
+
+    def overlaps(self, sequence_hashes: Sequence[int], now: float) -> tuple[dict[int, Overlap], int]:
+        """What each position holds, where it holds anything, and the most blocks that one does."""
+        overlaps: dict[int, Overlap] = {}
+        most = 0
+        if self._groups is None:
+            position = self._load.position.get
+            for worker, overlap in self._find(sequence_hashes, now).items():
+                at = position(worker)
+                if at is not None:
+                    overlaps[at] = overlap
+                    if overlap.total > most:
+                        most = overlap.total
+            return overlaps, most
+        for overlap, workers in self._groups(sequence_hashes, now):
+            positions = self._of(workers)
+            overlaps.update(dict.fromkeys(positions, overlap))
+            if positions and overlap.total > most:
+                most = overlap.total
+        return overlaps, most
+
+    def _of(self, workers: Sequence[WorkerKey]) -> tuple[int, ...]:
+        if self._version != self._load.version or len(self._known) >= GROUPS_KNOWN:
+            self._version = self._load.version
+            self._known.clear()
+        known = self._known.get(id(workers))
+        if known is None or known[0] is not workers:
+            position = self._load.position.get
+            positions = tuple(at for worker in workers if (at := position(worker)) is not None)
+            self._known[id(workers)] = known = workers, positions
+        return known[1]

@@ -8,74 +8,105 @@ Credited overlap is `credit * decay * device + host_weight * host + disk_weight 
 worker that has least.
 """
 
+from typing import ClassVar, NamedTuple
+
 from dynamo.router.config import KvRouterConfig
-from dynamo.router.types import Overlap, View, WorkerKey
+from dynamo.router.policies.policy import FixedPolicy
+from dynamo.router.types import Overlap, RouterOverride, View
+
+NO_OVERRIDE = RouterOverride()
 
 
-class LinearCost:
+class _Weights(NamedTuple):
+    """The numbers of the formula, for one request."""
+
+    credit: float
+    decay_rate: float
+    host: float
+    disk: float
+    scale: float
+    per_request: float
+
+    def credited(self, overlap: Overlap, decay: float = 1.0) -> float:
+        """Blocks of prefill that an overlap saves."""
+        return self.credit * decay * overlap.device + self.host * overlap.host + self.disk * overlap.disk
+
+    @property
+    def never_above_prefill(self) -> bool:
+        """Whether credit cannot be more than there is to prefill, so that nothing has to be cut off."""
+        return self.credit <= 1 and self.host <= 1 and self.disk <= 1
+
+
+class LinearCost(FixedPolicy):
     """Overlap and load in one sum of blocks."""
 
-    name = "linear"
+    name: ClassVar[str] = "linear"
 
     def __init__(self, config: KvRouterConfig) -> None:
-        self._config = config
+        self._weights = _Weights(
+            config.credit,
+            config.overlap_score_credit_decay,
+            config.host_cache_hit_weight,
+            config.disk_cache_hit_weight,
+            config.prefill_load_scale,
+            config.decode_active_request_weight,
+        )
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in blocks."""
-        fleet, config, override = view.fleet, self._config, view.request.override
-        scale, weight = config.prefill_load_scale, config.decode_active_request_weight
-        if override is not None:
-            scale = scale if override.prefill_load_scale is None else override.prefill_load_scale
-            weight = weight if override.decode_active_request_weight is None else override.decode_active_request_weight
+        fleet, weights = view.fleet, self._weights_for(view)
+        scale, prefill_tokens = weights.scale, fleet.prefill_tokens
         per_token = scale / view.block_size
         base = view.request.token_count * per_token + view.blocks
-        if weight:
+        if weights.per_request:
             costs = [
-                base + tokens * per_token + blocks + weight * requests
-                for tokens, blocks, requests in zip(
-                    fleet.prefill_tokens, fleet.decode_blocks, fleet.requests, strict=True
-                )
+                base + tokens * per_token + blocks + weights.per_request * requests
+                for tokens, blocks, requests in zip(prefill_tokens, fleet.decode_blocks, fleet.requests, strict=True)
             ]
         else:
             costs = [
                 base + tokens * per_token + blocks
-                for tokens, blocks in zip(fleet.prefill_tokens, fleet.decode_blocks, strict=True)
+                for tokens, blocks in zip(prefill_tokens, fleet.decode_blocks, strict=True)
             ]
         for position, shared in view.shared_blocks.items():
             costs[position] -= shared
+        if weights.decay_rate or not weights.never_above_prefill:
+            for position, overlap in view.overlaps.items():
+                costs[position] -= scale * self._saved(view, weights, position, overlap)
+            return costs
+        last, saved = None, 0.0
         for position, overlap in view.overlaps.items():
-            blocks_to_prefill = (fleet.prefill_tokens[position] + view.request.token_count) / view.block_size
-            costs[position] -= scale * min(blocks_to_prefill, self._credit(view, position, overlap))
+            if overlap is not last:  # equal overlaps follow each other
+                last, saved = overlap, scale * weights.credited(overlap)
+            costs[position] -= saved
         return costs
 
-    def _credit(self, view: View, position: int, overlap: Overlap) -> float:
-        config, override = self._config, view.request.override
-        credit, rate = config.credit, config.overlap_score_credit_decay
-        if override is not None:
-            credit = credit if override.overlap_score_credit is None else override.overlap_score_credit
-            rate = rate if override.overlap_score_credit_decay is None else override.overlap_score_credit_decay
-        if rate:
-            queued = view.fleet.prefill_tokens
-            excess = (queued[position] - min(queued)) / max(1, view.request.token_count)
-            credit /= 1 + rate * excess
-        return (
-            credit * overlap.device
-            + config.host_cache_hit_weight * overlap.host
-            + config.disk_cache_hit_weight * overlap.disk
-        )
+    def _weights_for(self, view: View) -> _Weights:
+        override = view.request.override
+        if override is None:
+            return self._weights
+        given = {
+            "credit": override.overlap_score_credit,
+            "decay_rate": override.overlap_score_credit_decay,
+            "scale": override.prefill_load_scale,
+            "per_request": override.decode_active_request_weight,
+        }
+        return self._weights._replace(**{name: value for name, value in given.items() if value is not None})
+
+    @staticmethod
+    def _saved(view: View, weights: _Weights, position: int, overlap: Overlap) -> float:
+        queued, prompt = view.fleet.prefill_tokens, view.request.token_count
+        decay = 1.0
+        if weights.decay_rate:
+            decay /= 1 + weights.decay_rate * (queued[position] - min(queued)) / max(1, prompt)
+        return min((queued[position] + prompt) / view.block_size, weights.credited(overlap, decay))
 
     def terms(self, view: View, position: int) -> dict[str, float]:
         """Blocks to prefill, the credit for overlap, blocks to decode."""
-        fleet = view.fleet
-        overlap = view.overlaps.get(position, Overlap())
+        fleet, weights = view.fleet, self._weights_for(view)
         return {
             "prefill_blocks": (fleet.prefill_tokens[position] + view.request.token_count) / view.block_size,
-            "overlap_credit": self._credit(view, position, overlap),
-            "potential_decode_blocks": fleet.decode_blocks[position]
-            + view.blocks
-            - view.shared_blocks.get(position, 0),
+            "overlap_credit": self._saved(view, weights, position, view.overlaps.get(position, Overlap())),
+            "potential_decode_blocks": view.potential_decode_blocks(position),
             "active_requests": fleet.requests[position],
         }
-
-    def observe(self, worker: WorkerKey, new_tokens: int, ttft_s: float, prefill_tokens_before: int) -> None:
-        """This cost does not learn."""

@@ -6,37 +6,35 @@ The first factor is what a request waits for before its first token, the second 
 engine with.
 """
 
+from typing import ClassVar
+
 from dynamo.router.config import KvRouterConfig
-from dynamo.router.types import View, WorkerKey
+from dynamo.router.policies.policy import FixedPolicy
+from dynamo.router.types import View
 
 
-class LMetric:
+class LMetric(FixedPolicy):
     """A product of the two loads."""
 
-    name = "lmetric"
+    name: ClassVar[str] = "lmetric"
 
     def __init__(self, config: KvRouterConfig) -> None:
         del config  # nothing to tune
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens times requests."""
-        fleet, prompt = view.fleet, view.request.token_count
-        costs: list[float] = [
-            (tokens + prompt) * (requests + 1)
-            for tokens, requests in zip(fleet.prefill_tokens, fleet.requests, strict=True)
-        ]
-        for position in view.overlaps:
-            tokens = fleet.prefill_tokens[position] + view.new_tokens(position)
-            costs[position] = tokens * (fleet.requests[position] + 1)
+        queued, requests, prompt = view.fleet.prefill_tokens, view.fleet.requests, view.request.token_count
+        costs: list[float] = [(tokens + prompt) * (batch + 1) for tokens, batch in zip(queued, requests, strict=True)]
+        last, new = None, 0
+        for position, overlap in view.overlaps.items():
+            if overlap is not last:  # equal overlaps follow each other
+                last, new = overlap, view.new_tokens(position)
+            costs[position] = (queued[position] + new) * (requests[position] + 1)
         return costs
 
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The two factors."""
-        fleet = view.fleet
         return {
-            "prefill_tokens": fleet.prefill_tokens[position] + view.new_tokens(position),
-            "batch_size": fleet.requests[position] + 1,
+            "prefill_tokens": view.fleet.prefill_tokens[position] + view.new_tokens(position),
+            "batch_size": view.fleet.requests[position] + 1,
         }
-
-    def observe(self, worker: WorkerKey, new_tokens: int, ttft_s: float, prefill_tokens_before: int) -> None:
-        """This cost does not learn."""

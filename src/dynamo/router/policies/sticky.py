@@ -4,32 +4,36 @@ Workers that hold most of the prompt (80 %) are the candidates while their queue
 where there is none, all are. Among candidates the fewest uncached tokens, queued and new, wins.
 """
 
+from typing import ClassVar
+
 from dynamo.router.config import KvRouterConfig
-from dynamo.router.types import View, WorkerKey
+from dynamo.router.policies.policy import FixedPolicy
+from dynamo.router.types import DEFAULT_BATCH_TOKENS, View
 
 MIN_HIT = 0.8  # share of the prompt a worker must hold to be worth sticking to; the published setting
 SATURATED_BATCHES = 4  # engine steps' worth of queued tokens; about a second of prefill at 8192 tokens a step
-DEFAULT_BATCH_TOKENS = 8192  # where a worker does not say max_num_batched_tokens: vLLM's default
 NOT_STICKY = 1e12  # tokens; sorts every other worker behind the candidates
 
 
-class StickyUntilSaturated:
+class StickyUntilSaturated(FixedPolicy):
     """Affinity to the prefix as long as its holder keeps up."""
 
-    name = "sticky"
+    name: ClassVar[str] = "sticky"
 
     def __init__(self, config: KvRouterConfig) -> None:
         del config  # nothing to tune
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens."""
-        fleet, prompt = view.fleet, view.request.token_count
-        costs: list[float] = [float(tokens + prompt) for tokens in fleet.prefill_tokens]
+        queued, prompt = view.fleet.prefill_tokens, view.request.token_count
+        costs: list[float] = [float(tokens + prompt) for tokens in queued]
         candidates: list[int] = []
-        for position in view.overlaps:
-            new = view.new_tokens(position)
-            costs[position] = fleet.prefill_tokens[position] + new
-            if new <= (1 - MIN_HIT) * prompt and fleet.prefill_tokens[position] < self._bound(view, position):
+        last, new = None, 0
+        for position, overlap in view.overlaps.items():
+            if overlap is not last:  # equal overlaps follow each other
+                last, new = overlap, view.new_tokens(position)
+            costs[position] = queued[position] + new
+            if new <= (1 - MIN_HIT) * prompt and queued[position] < self._bound(view, position):
                 candidates.append(position)
         if candidates:
             kept = {position: costs[position] for position in candidates}
@@ -49,6 +53,3 @@ class StickyUntilSaturated:
             "new_tokens": view.new_tokens(position),
             "saturated_at_tokens": self._bound(view, position),
         }
-
-    def observe(self, worker: WorkerKey, new_tokens: int, ttft_s: float, prefill_tokens_before: int) -> None:
-        """This cost does not learn."""
