@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from vllm_cases import BLOCK, CASES, LORA_PROMPT, LORA_TOKENS, SHARED, Case, words
-from vllm_helpers import alive, descendants, pid_named, request, shared_memory, tokens
+from vllm_helpers import alive, descendants, pid_named, request, shared_memory, still_there, tokens
 
 from conftest import ENGINE_TIMEOUT_S, Running
 from dynamo.llm.block_hash import compute_block_hash_for_seq
@@ -187,6 +187,20 @@ async def test_an_id_can_be_used_again_after_an_abort(running: Running) -> None:
     assert tokens(await ask(running, "again", second)) == tokens(alone)
 
 
+async def test_a_seeded_prompt_computed_in_chunks_is_answered_as_alone(running: Running) -> None:
+    """On a CPU the unrepaired worker of vLLM 0.32 dies of this."""
+
+    def seeded(salt: str, seed: int) -> Any:
+        sampling = {"temperature": 0.9, "seed": seed}
+        stop = {"max_tokens": 12, "ignore_eos": True}
+        return request(words(seed, 1400), sampling_options=sampling, stop_conditions=stop, routing={"cache_salt": salt})
+
+    alone = [tokens(await ask(running, f"unhurried-{seed}", seeded("one", seed))) for seed in (80, 81, 82)]
+    for seed in (80, 81, 82):  # 4200 tokens of prompt, 2048 a step
+        running.engine.submit(f"chunked-{seed}", seeded("two", seed))
+    assert [tokens(await running.seen.answer(f"chunked-{seed}")) for seed in (80, 81, 82)] == alone
+
+
 async def test_an_unknown_id_is_not_aborted_loudly(running: Running) -> None:
     running.engine.abort("never-was")
 
@@ -225,6 +239,19 @@ async def test_a_refused_request_names_the_field_and_hurts_nobody(
     with pytest.raises(InvalidArgument) as refused:
         await ask(running, f"refused-{field}-{time.monotonic_ns()}", request(words(50, 4), **sections))
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize("constraint", [{"grammar": "root ::= root"}, {"json": {"$ref": "#"}}], ids=["grammar", "json"])
+async def test_a_constraint_that_cannot_be_kept_fails_its_request_alone(
+    running: Running, constraint: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidArgument) as refused:
+        await ask(
+            running,
+            f"loop-{time.monotonic_ns()}",
+            request(words(52, 4), sampling_options={"guided_decoding": constraint}),
+        )
+    assert refused.value.param == "guided_decoding"
 
 
 @pytest.mark.parametrize("token_ids", [[], [10**6], words(51, 4000)], ids=["empty", "out-of-vocabulary", "too-long"])
@@ -274,8 +301,9 @@ async def test_routes_that_cannot_work_are_absent(running: Running) -> None:
 
 async def test_a_killed_process_is_noticed_and_nothing_is_left(running: Running) -> None:
     """Last, for it ends the engine: the worker of one driver's, the core of the other's."""
-    before = shared_memory()
     processes = descendants(os.getpid())
+    segments = shared_memory(processes)
+    assert segments
     victim = pid_named(processes, "VLLM::Worker" if running.driver == "core" else "VLLM::EngineCore")
     engine_processes = {pid: name for pid, name in processes.items() if "VLLM::" in name}
     running.engine.submit("doomed", request(words(70, 8), stop_conditions={"max_tokens": 1500, "ignore_eos": True}))
@@ -293,7 +321,7 @@ async def test_a_killed_process_is_noticed_and_nothing_is_left(running: Running)
         while alive(engine_processes):  # noqa: ASYNC110 - processes tell no event
             await asyncio.sleep(0.1)
     assert len(running.seen.deaths) == 1
-    assert shared_memory() <= before
+    assert still_there(segments) == []
 
 
 async def ask(running: Running, name: str, wanted: Any) -> list[EngineOutput]:

@@ -1,11 +1,12 @@
 """A receiver of an engine's outputs, a LoRA adapter made on the spot, and what processes leave behind."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,7 @@ def name_of(pid: int) -> str:
         return ""
 
 
-def alive(pids: Iterator[int] | list[int] | dict[int, str]) -> list[int]:
+def alive(pids: Iterable[int]) -> list[int]:
     """Those of `pids` that still run; a zombie does not."""
     return [pid for pid in pids if state_of(pid) not in ("", "Z")]
 
@@ -157,12 +158,22 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def shared_memory() -> set[str]:
-    """Segments and semaphores in shared memory."""
-    return set(os.listdir("/dev/shm"))
+def shared_memory(pids: Iterable[int]) -> set[str]:
+    """The segments and semaphores in shared memory that some of `pids` have mapped now."""
+    found = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            found |= {line.split(None, 5)[5] for line in maps.splitlines() if "/dev/shm/" in line}
+    return {path for path in found if not path.endswith("(deleted)")}
 
 
 def pid_named(pids: dict[int, str], name: str) -> int:
     """The one of `pids` whose process title has `name` in it."""
     (pid,) = [pid for pid, title in pids.items() if name in title]
     return pid
+
+
+def still_there(paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that exist."""
+    return [path for path in paths if os.path.exists(path)]

@@ -18,7 +18,7 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PromptTokensDetails
 from dynamo.llm.protocols.engine import FinishReason as Finish
 from dynamo.vllm import guard, logprobs
-from dynamo.vllm.driver import DriverEvents, DriverRequest, EngineLoad
+from dynamo.vllm.driver import PARENT_ENV, DriverEvents, DriverRequest, EngineLoad
 from dynamo.vllm.sampling import engine_error, invalid, is_refusal
 
 _STOP_TIMEOUT_S = 10.0  # for the core to end by itself; then vLLM kills it
@@ -47,7 +47,7 @@ class AsyncLLMDriver:
     async def start(self, events: DriverEvents) -> None:
         self._events = events
         self._loop = asyncio.get_running_loop()
-        os.environ[guard.PARENT_ENV] = str(os.getpid())
+        os.environ[PARENT_ENV] = str(os.getpid())
         self._starting = asyncio.ensure_future(asyncio.to_thread(self._make))
         self._engine = await asyncio.shield(self._starting)
         self._watch = asyncio.create_task(self._watch_health(), name="vllm-health")

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 from dynamo.llm.protocols.engine import EngineOutput
 
+PARENT_ENV = "DYN_VLLM_PARENT_PID"  # tells vLLM's processes whom to watch; see `dynamo.vllm.guard`
+SCRATCH_ENV = "DYN_VLLM_SCRATCH"  # a directory that is to go when that process is gone
+
 
 @dataclass(frozen=True, slots=True)
 class DriverRequest:

@@ -20,7 +20,7 @@ from dynamo.llm.kv_events import LoadMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.vllm.args import VllmOptions
-from dynamo.vllm.driver import Driver, DriverRequest, EngineLoad
+from dynamo.vllm.driver import SCRATCH_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 DRIVER_ENV = "DYN_VLLM_DRIVER"
 DriverName = Literal["core", "async"]
 KV_TOPIC = "kv-events"
+_SOCKET_DIRECTORY_LENGTH = 90  # the path of a Unix socket has 107 characters at most
 
 
 class VllmEngine:
@@ -236,7 +237,8 @@ class VllmEngine:
             return
         from vllm.config import KVEventsConfig
 
-        self._sockets = tempfile.TemporaryDirectory(prefix="dynamo-vllm-")
+        self._sockets = _socket_directory()
+        os.environ[SCRATCH_ENV] = self._sockets.name
         args.kv_events_config = KVEventsConfig(
             enable_kv_cache_events=True,
             publisher="zmq",
@@ -320,6 +322,14 @@ def choose_driver() -> tuple[DriverName, str]:
     return "async", (
         f"the engine core is known for {', '.join(SUPPORTED_CORE)} only; tokens cost about three times the CPU"
     )
+
+
+def _socket_directory() -> tempfile.TemporaryDirectory[str]:
+    made = tempfile.TemporaryDirectory(prefix="dynamo-vllm-")
+    if len(made.name) <= _SOCKET_DIRECTORY_LENGTH:
+        return made
+    made.cleanup()
+    return tempfile.TemporaryDirectory(prefix="dynamo-vllm-", dir="/tmp")
 
 
 def _repair_seeds(args: Any) -> None:

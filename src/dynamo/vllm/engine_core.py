@@ -31,7 +31,7 @@ from dynamo.llm.protocols.engine import (
 from dynamo.llm.protocols.engine import FinishReason as Finish
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm import guard, logprobs
-from dynamo.vllm.driver import DriverEvents, DriverRequest, EngineLoad
+from dynamo.vllm.driver import PARENT_ENV, DriverEvents, DriverRequest, EngineLoad
 from dynamo.vllm.sampling import engine_error, invalid
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class EngineCoreDriver:
 
     async def start(self, events: DriverEvents) -> None:
         self._events = events
-        os.environ[guard.PARENT_ENV] = str(os.getpid())
+        os.environ[PARENT_ENV] = str(os.getpid())
         executor = guard.guarded(Executor.get_class(self._config))
         # Loading takes a minute and blocks, so it runs beside the loop. The client's sockets join the loop at
         # their first use, which is ours, below.

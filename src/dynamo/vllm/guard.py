@@ -12,6 +12,7 @@ import asyncio
 import multiprocessing
 import os
 import select
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,8 @@ from typing import Any
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-PARENT_ENV = "DYN_VLLM_PARENT_PID"
+from dynamo.vllm.driver import PARENT_ENV, SCRATCH_ENV
+
 _ABANDON_S = 25.0  # the client may be importing for ten seconds before it has anything to kill
 _SOFT_S = 5.0  # as long as vLLM itself gives its processes to end before it kills them
 
@@ -75,6 +77,8 @@ def _outlive_not(parent: int) -> None:
             time.sleep(0.5)
     else:
         select.select([pidfd], [], [])
+    if scratch := os.environ.get(SCRATCH_ENV):
+        shutil.rmtree(scratch, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)  # vLLM's own clean end: workers, shared memory, sockets
     time.sleep(_SOFT_S)
     os.killpg(0, signal.SIGKILL)  # our group is the core and its workers
