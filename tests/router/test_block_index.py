@@ -118,7 +118,7 @@ def stored(holders, prompt) -> tuple[BlockIndex, list[int]]:
 def test_each_holder_matches_as_far_as_it_holds():
     index, seqs = stored({"a": 3, "b": 5, "c": 5, "d": 9}, list(range(10)))
     assert index.find(seqs) == {"a": 3, "b": 5, "c": 5, "d": 9}
-    assert [(level.blocks, set(index.members(level.mask))) for level in index.levels(seqs)] == [
+    assert [(blocks, set(holders)) for blocks, holders in index.by_level(index.levels(seqs))] == [
         (3, {"a", "b", "c", "d"}),
         (5, {"b", "c", "d"}),
         (9, {"d"}),
@@ -215,6 +215,20 @@ def test_blocks_stored_again_before_they_were_swept_are_there():
         pass
     assert index.find(seqs) == {"a": 400}
     assert len(index._tree.ids) == 400
+
+
+def test_blocks_that_the_same_holders_reach_stay_together_however_they_were_told():
+    prompt = list(range(600))
+    index, seqs = stored({"a": 600}, prompt)
+    for start in range(0, 600, 7):
+        cut = slice(start, start + 7)
+        index.store("b", seqs[start - 1] if start else None, seqs[cut], prompt[cut])
+    assert len(index._tree.root.children) == 1
+    assert [len(run.seqs) for run in index._tree.reached(index.bit("a"))] == [600]
+    for seq in reversed(seqs[100:]):
+        index.remove("a", [seq])
+    assert sorted(len(run.seqs) for run in index._tree.reached(index.bit("b"))) == [100, 500]
+    assert index.find(seqs) == {"a": 100, "b": 600}
 
 
 def test_a_thousand_holders_are_told_apart():

@@ -51,7 +51,8 @@ async def test_events_of_one_turn_share_a_message_and_count_up_from_zero(runtime
         assert [(b.block_hash, b.tokens_hash) for b in blocks] == [(2**64 - 1, contents[0]), (12, contents[1])]
         assert stored.event.data.stored.parent_hash == 10
         assert removed.event.data.removed.block_hashes == [12]
-        assert cleared.event.data.cleared
+        assert cleared.event.data == "cleared"
+        assert cleared.event.change.cleared
 
 
 async def test_the_wire_has_the_shape_that_subscribers_know(runtime):

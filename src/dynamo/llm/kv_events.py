@@ -11,7 +11,7 @@ import msgspec
 StorageTier = Literal["device", "host_pinned", "disk", "external"]
 
 
-class StoredBlock(msgspec.Struct, omit_defaults=True):
+class StoredBlock(msgspec.Struct, omit_defaults=True, gc=False):
     """One full block of `kv_block_size` tokens."""
 
     block_hash: int
@@ -41,11 +41,19 @@ class KvEventData(msgspec.Struct, omit_defaults=True):
 
 
 class KvEvent(msgspec.Struct, omit_defaults=True):
-    """One change. `event_id` counts up by one for each (worker, dp rank), so a gap shows."""
+    """One change. `event_id` counts up by one for each (worker, dp rank), so a gap shows.
+
+    On the wire, all blocks being gone is the word alone; `change` gives any event's data as a struct.
+    """
 
     event_id: int
-    data: KvEventData
+    data: KvEventData | Literal["cleared"]
     dp_rank: int = 0
+
+    @property
+    def change(self) -> KvEventData:
+        """What happened."""
+        return KvEventData(cleared=True) if isinstance(self.data, str) else self.data
 
 
 class RouterEvent(msgspec.Struct, omit_defaults=True):

@@ -1,8 +1,8 @@
 """Who holds the longest prefix of this prompt?
 
 A sequence hash names a block with everything before it, so whoever holds a block can only use it if it holds all the
-blocks before. Along a prompt the sets of holders therefore only shrink, and where they do is found by bisection: in
-some ten looks, however long the prompt is and however many blocks there are.
+blocks before. Along a prompt the sets of holders therefore only shrink, and where they do is found by going along the
+runs of `run_tree`, or by bisection where they are short: in a few looks, however many blocks there are.
 
 A holder *reaches* a block that it holds, and every block before one that it holds. One that it reaches without
 holding it is a hole: its match ends there, though what it holds behind is kept and counts again once the hole is
@@ -12,12 +12,16 @@ filled. Engines evict ends first, so holes are rare; they are counted apart and 
 import struct
 from array import array
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Generic, NamedTuple, TypeVar
 
 from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router.levels import Level, cut_at_holes
 from dynamo.router.run_tree import Run, RunTree, shared_length
 
-MEMBERS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
+SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
+WALKED_RUNS = 8  # a look at the next run costs as much as one look of a bisection, which takes ten for 850 blocks
+FEW_LEVELS = 4  # with more, it is cheaper to name each holder once than to look all sets up
 MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
 
 H = TypeVar("H", bound=Hashable)
@@ -25,13 +29,6 @@ H = TypeVar("H", bound=Hashable)
 
 class UnknownParentError(LookupError):
     """The holder does not hold the block that these blocks follow."""
-
-
-class Level(NamedTuple):
-    """The holders in the set `mask` match at least `blocks` blocks of the prompt."""
-
-    blocks: int
-    mask: int
 
 
 class HeldRun(NamedTuple):
@@ -82,7 +79,7 @@ class BlockIndex(Generic[H]):
         self._by_bit: list[_Slot[H] | None] = []
         self._free_bits: list[int] = []
         self._holes: dict[int, int] = {}  # sequence hash -> who has a hole there
-        self._members: dict[int, tuple[H, ...]] = {}
+        self._sets: dict[int, tuple[H, ...]] = {}
 
     # --- what is in it
 
@@ -117,13 +114,21 @@ class BlockIndex(Generic[H]):
         slot = self._slots.get(holder)
         return slot.bit if slot is not None else 0
 
-    def members(self, mask: int) -> tuple[H, ...]:
-        """The holders in a set."""
-        members = self._members.get(mask)
+    def by_level(self, levels: Sequence[Level]) -> Iterator[tuple[int, tuple[H, ...]]]:
+        """(blocks, holders) for levels; of several that a holder is in, the last one counts."""
+        if len(levels) <= FEW_LEVELS:  # their sets are often the same, and known
+            for blocks, mask in levels:
+                yield blocks, self._members(mask)
+            return
+        for (blocks, mask), (_, further) in pairwise((*levels, Level(0, 0))):
+            yield blocks, tuple(self._holders_in(mask & ~further))
+
+    def _members(self, mask: int) -> tuple[H, ...]:
+        members = self._sets.get(mask)
         if members is None:
-            if len(self._members) >= MEMBERS_CACHED:
-                self._members.clear()
-            members = self._members[mask] = tuple(self._holders_in(mask))
+            if len(self._sets) >= SETS_CACHED:
+                self._sets.clear()
+            members = self._sets[mask] = tuple(self._holders_in(mask))
         return members
 
     def _holders_in(self, mask: int) -> Iterator[H]:
@@ -139,8 +144,8 @@ class BlockIndex(Generic[H]):
     def find(self, sequence: Sequence[int]) -> dict[H, int]:
         """How many leading blocks of a sequence each holder holds, for those that hold any."""
         found: dict[H, int] = {}
-        for blocks, mask in self.levels(sequence):
-            found.update(dict.fromkeys(self.members(mask), blocks))
+        for blocks, holders in self.by_level(self.levels(sequence)):
+            found.update(dict.fromkeys(holders, blocks))
         return found
 
     def levels(self, sequence: Sequence[int]) -> list[Level]:
@@ -149,28 +154,44 @@ class BlockIndex(Generic[H]):
         if levels and self._holes:
             holes = self.holes_in(sequence, levels)
             if holes:
-                return _cut(levels, holes)
+                return cut_at_holes(levels, holes)
         return levels
 
     def reached(self, sequence: Sequence[int]) -> list[Level]:
-        """As `levels`, as if there were no holes. Takes about log2(length) looks a level."""
-        if not sequence:
-            return []
-        runs, id_of = self._tree.runs, self._tree.ids.get
+        """As `levels`, as if there were no holes.
+
+        Goes along the first runs, of which most prompts have few; then takes about log2(length) looks a level.
+        """
         levels: list[Level] = []
-        low, mask = 0, runs[id_of(sequence[0], 0)].mask
-        ahead = [(len(sequence), 0)]  # positions looked at already, with what was found, the nearest last
+        if not sequence:
+            return levels
+        runs, id_of, count = self._tree.runs, self._tree.ids.get, len(sequence)
+        run = runs[id_of(sequence[0], 0)]
+        done, mask = 0, run.mask
+        for _ in range(WALKED_RUNS):
+            if not run.mask:
+                break
+            length = shared_length(run.seqs, 0, sequence, done)
+            done += length
+            if done == count or length < len(run.seqs):  # children follow a whole run, so nothing else does
+                levels.append(Level(done, mask))
+                return levels
+            run = runs[id_of(sequence[done], 0)]
+            if run.mask != mask:
+                levels.append(Level(done, mask))
+                mask = run.mask
+        ahead = [(count, 0)]  # positions looked at already, with what was found, the nearest last
         while mask:
-            high, further = ahead[-1]
+            position, further = ahead[-1]
             if further == mask:
-                low = high
+                done = position
                 ahead.pop()
-            elif high - low == 1:
-                levels.append(Level(high, mask))
-                low, mask = high, further
+            elif position - done == 1:
+                levels.append(Level(position, mask))
+                done, mask = position, further
                 ahead.pop()
             else:
-                middle = (low + high) >> 1
+                middle = (done + position) >> 1
                 ahead.append((middle, runs[id_of(sequence[middle], 0)].mask))
         return levels
 
@@ -222,62 +243,70 @@ class BlockIndex(Generic[H]):
             UnknownParentError: it does not hold `parent`; nothing was stored.
             ValueError: a local hash is not an unsigned 64-bit number; nothing was stored.
         """
-        if parent is None:
-            return self.store_after(holder, None, names, local_hashes)
-        above = self._resolve(self._slot(holder), parent)
-        if above is None:
-            raise UnknownParentError(f"{holder} does not hold the parent block {parent}")
-        return self.store_after(holder, above, names, local_hashes)
+        slot = self._slots.get(holder) or self._slot(holder)
+        above = None
+        if parent is not None:
+            above = self._resolve(slot, parent)
+            if above is None:
+                raise UnknownParentError(f"{holder} does not hold the parent block {parent}")
+        return self._store(slot, above, names, local_hashes)
 
     def store_after(self, holder: H, above: int | None, names: list[int], local_hashes: list[int]) -> int:
         """As `store`, after the block with the sequence hash `above`, which anybody must reach."""
-        slot = self._slot(holder)
-        if not names:
+        return self._store(self._slot(holder), above, names, local_hashes)
+
+    def _store(self, slot: _Slot[H], above: int | None, names: list[int], local_hashes: list[int]) -> int:
+        count = len(names)
+        if not count or count != len(local_hashes):
+            if count or local_hashes:
+                raise ValueError(f"blocks: {count} names for {len(local_hashes)} local hashes")
             return 0
-        if len(names) != len(local_hashes):
-            raise ValueError(f"blocks: {len(names)} names for {len(local_hashes)} local hashes")
         try:
             seqs = sequence_hashes(local_hashes, above)
-            array("Q", local_hashes[:1])  # the first of all is its own sequence hash: nothing has looked at it yet
+            if above is None:
+                array("Q", seqs[:1])  # the first of all is its own sequence hash: nothing has looked at it yet
         except (struct.error, OverflowError, TypeError) as e:
             raise ValueError(f"tokens_hash: not an unsigned 64-bit number: {e}") from e
         if slot.names is None and names != seqs:
             slot.names = self._own_names(slot)
         fresh = self._reach(slot, above, seqs, local_hashes)
-        filled = self._fill_all(slot, seqs[:fresh]) if slot.holes else frozenset()
+        added = count - fresh
+        filled: frozenset[int] = frozenset()
+        if fresh and slot.holes:
+            filled = self._fill_all(slot, seqs[:fresh])
+            added += len(filled)
         if slot.names is not None:
-            self._name(slot, slot.names, names, seqs, set(seqs[fresh:]) | filled)
-        added = len(seqs) - fresh + len(filled)
+            self._name(slot, slot.names, names, seqs, filled.union(seqs[fresh:]))
         slot.blocks += added
-        if not self._tree.swept:
-            self.sweep(2 * len(seqs) + MIN_SWEPT)
+        if self._tree.left:
+            self.sweep(2 * count + MIN_SWEPT)
         return added
 
     def _reach(self, slot: _Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
         """Let a holder reach `seqs`. Returns the position from which on they are new to it."""
-        tree, bit, count = self._tree, slot.bit, len(seqs)
-        parent = tree.root if above is None else tree.run_of(above)
+        tree, bit = self._tree, slot.bit
+        parent = tree.root if above is None else tree.runs[tree.ids[above]]
         if above is not None and not parent.mask & bit:
             parent = self._reach_back(slot, parent, above)
-        done, fresh = 0, count
-        run = tree.run_of(seqs[0])
+        run = tree.runs[tree.ids.get(seqs[0], 0)]
+        if not run.mask:  # nobody has any of them
+            tree.attach(parent, above, seqs, local_hashes, bit)
+            return 0
+        done, fresh, count = 0, len(seqs), len(seqs)
         while run.mask:
             start = run.find(seqs[done])
             length = shared_length(run.seqs, start, seqs, done)
             if not run.mask & bit:
                 if start:  # it would reach the run if it reached a part of it, but for two blocks with one hash
                     run = tree.split(run, start)[1]
-                if length < len(run.seqs):
-                    run = tree.split(run, length)[0]
-                run.mask |= bit
+                run = tree.reach(run, length, bit)
                 fresh = min(fresh, done)
             parent = run
             done += length
             if done == count:
                 return fresh
             run = tree.run_of(seqs[done])
-        rest, last = (seqs[done:], seqs[done - 1]) if done else (seqs, above)
-        tree.attach(parent, last, rest, local_hashes[done:], bit)
+        tree.attach(parent, seqs[done - 1], seqs[done:], local_hashes[done:], bit)
         return min(fresh, done)
 
     def _reach_back(self, slot: _Slot[H], run: Run, seq: int) -> Run:
@@ -300,13 +329,16 @@ class BlockIndex(Generic[H]):
         return {seq: seq for run in self._tree.reached(slot.bit) for seq in run.seqs if seq not in slot.holes}
 
     def _name(
-        self, slot: _Slot[H], known: dict[int, int], names: list[int], seqs: list[int], unnamed: set[int]
+        self, slot: _Slot[H], known: dict[int, int], names: list[int], seqs: list[int], new: frozenset[int]
     ) -> None:
-        """Note what the engine calls blocks. A name names one block, the last; a block may have several names."""
-        if len(unnamed) == len(seqs) == len(set(names)) and known.keys().isdisjoint(names):
+        """Note what the engine calls blocks, of which `new` have no name yet.
+
+        A name names one block, the last; a block may have several names.
+        """
+        if len(new) == len(seqs) == len(set(names)) and known.keys().isdisjoint(names):
             known.update(zip(names, seqs, strict=True))
             return
-        renamed = []
+        unnamed, renamed = set(new), []
         for name, seq in zip(names, seqs, strict=True):
             old = known.get(name)
             if old == seq:
@@ -399,7 +431,7 @@ class BlockIndex(Generic[H]):
         number = slot.bit.bit_length() - 1
         self._by_bit[number] = None
         self._free_bits.append(number)
-        self._members.clear()
+        self._sets.clear()
 
     def sweep(self, limit: int) -> bool:
         """Free the memory of up to `limit` blocks of holders that left. Returns whether there are more.
@@ -407,7 +439,7 @@ class BlockIndex(Generic[H]):
         Storing does so too, so this is only for whoever wants the memory back sooner.
         """
         self._tree.sweep(limit)
-        return not self._tree.swept
+        return bool(self._tree.left)
 
     # --- giving an account
 
@@ -439,27 +471,3 @@ class BlockIndex(Generic[H]):
                 if names[seq] != name:
                     more.setdefault(seq, []).append(name)
         return Account(runs, frozenset(slot.holes), names, more)
-
-
-def _cut(levels: list[Level], holes: list[tuple[int, int]]) -> list[Level]:
-    """Levels whose sets lose each holder at its first hole."""
-    cut: list[Level] = []
-    gone = 0
-    ahead = iter(holes)
-    position, lacking = next(ahead)
-    for blocks, mask in levels:
-        while position < blocks:
-            _raise(cut, position, mask & ~gone)
-            gone |= lacking
-            position, lacking = next(ahead, (levels[-1].blocks, 0))
-        _raise(cut, blocks, mask & ~gone)
-    return cut
-
-
-def _raise(levels: list[Level], blocks: int, mask: int) -> None:
-    """Add that the holders in a set match so many blocks; of two levels with one set the longer stays."""
-    if not mask or not blocks or (levels and levels[-1].blocks == blocks):
-        return
-    if levels and levels[-1].mask == mask:
-        levels.pop()
-    levels.append(Level(blocks, mask))

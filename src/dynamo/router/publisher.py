@@ -7,7 +7,7 @@
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from dynamo.llm.block_hash import BlockMmInfo, compute_block_hash_for_seq
 from dynamo.llm.kv_events import (
@@ -108,7 +108,8 @@ class KvEventPublisher:
     def publish(self, changes: Sequence[KvEventData], tier: StorageTier = "device") -> None:
         """Publish changes in their order."""
         for change in changes:
-            event = RouterEvent(self.worker_id, KvEvent(self._next_id, change, self.dp_rank), tier)
+            data: KvEventData | Literal["cleared"] = "cleared" if change.cleared else change
+            event = RouterEvent(self.worker_id, KvEvent(self._next_id, data, self.dp_rank), tier)
             self._next_id += 1
             self._batch.append(event)
             self._past.append(event)

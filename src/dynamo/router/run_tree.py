@@ -9,6 +9,7 @@ to look at but the runs.
 """
 
 from array import array
+from collections.abc import Sequence
 from itertools import repeat
 
 
@@ -46,7 +47,8 @@ class RunTree:
         self.ids: dict[int, int] = {}
         """Sequence hash -> id of its run."""
         self._free_ids: list[int] = []
-        self._left: list[Run] = []
+        self.left: list[Run] = []
+        """Runs that nobody reaches, whose blocks are still in `ids`: see `sweep`."""
         self._unswept = 0
 
     def __len__(self) -> int:
@@ -70,9 +72,10 @@ class RunTree:
             run = self._add(array("Q", seqs), array("Q", local_hashes) if self.keep_contents else None, bit)
             run.parent = parent
             parent.children.add(run)
-        before = len(self.ids)
-        self.ids.update(zip(seqs, repeat(run.id), strict=False))
-        self._unswept -= before + len(seqs) - len(self.ids)  # those that were there had lost their last holder
+        ids = self.ids
+        total = len(ids) + len(seqs)
+        ids.update(zip(seqs, repeat(run.id)))
+        self._unswept -= total - len(ids)  # those that were there had lost their last holder
 
     def _add(self, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> Run:
         if self._free_ids:
@@ -105,8 +108,37 @@ class RunTree:
             entered = tail
         head.children = {tail}
         tail.parent = head
-        self.ids.update(zip(entered.seqs, repeat(entered.id), strict=False))
+        self.ids.update(zip(entered.seqs, repeat(entered.id)))
         return head, tail
+
+    def reach(self, run: Run, length: int, bit: int) -> Run:
+        """Add a holder to the first `length` blocks of a run, whose parent it reaches. Returns the run they are in."""
+        parent, mask = run.parent, run.mask | bit
+        if parent.mask == mask and len(parent.children) == 1:  # as when a long run is followed piece by piece
+            return self._move_up(run, length)
+        if length < len(run.seqs):
+            run = self.split(run, length)[0]
+        run.mask = mask
+        return run
+
+    def _move_up(self, run: Run, length: int) -> Run:
+        """Move the first `length` blocks of a run to the end of its parent, which has no other child."""
+        parent, moved = run.parent, run.seqs[:length]
+        parent.seqs.extend(moved)
+        if parent.locals is not None and run.locals is not None:
+            parent.locals.extend(run.locals[:length])
+        self.ids.update(zip(moved, repeat(parent.id)))
+        if length < len(run.seqs):
+            del run.seqs[:length]
+            if run.locals is not None:
+                del run.locals[:length]
+            return parent
+        parent.children = run.children
+        for child in parent.children:
+            child.parent = parent
+        run.mask = 0
+        self._free(run)
+        return parent
 
     def drop_last(self, run: Run, bit: int) -> Run:
         """Take a holder out of the last block of a run. Returns the run of the block before, maybe the root."""
@@ -162,18 +194,13 @@ class RunTree:
             run.parent.children.discard(run)
             run.parent = self.root
             run.children = set()
-            self._left.append(run)
+            self.left.append(run)
             self._unswept += len(run.seqs)
-
-    @property
-    def swept(self) -> bool:
-        """Whether there is nothing for `sweep` to do."""
-        return not self._left
 
     def sweep(self, limit: int) -> None:
         """Take out up to `limit` blocks that nobody reaches."""
-        while self._left and limit > 0:
-            run = self._left[-1]
+        while self.left and limit > 0:
+            run = self.left[-1]
             part = run.seqs[-limit:]
             del run.seqs[-limit:]
             limit -= len(part)
@@ -182,11 +209,11 @@ class RunTree:
                     del self.ids[seq]
                     self._unswept -= 1
             if not run.seqs:
-                self._left.pop()
+                self.left.pop()
                 self._free(run)
 
 
-def shared_length(run: "array[int]", start: int, seqs: list[int], done: int) -> int:
+def shared_length(run: "array[int]", start: int, seqs: Sequence[int], done: int) -> int:
     """How many blocks two sequences share from `start` and `done` on, given that they share one."""
     longest = min(len(run) - start, len(seqs) - done)
     if run[start + longest - 1] == seqs[done + longest - 1]:  # one equal hash means that all before are equal

@@ -5,13 +5,14 @@ prompt answers for all of them, and blocks moved to host memory still find the p
 """
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, StoredBlock
-from dynamo.router.block_index import Account, BlockIndex, Level, UnknownParentError
+from dynamo.router.block_index import Account, BlockIndex, UnknownParentError
+from dynamo.router.levels import Level
 from dynamo.router.types import Overlap, WorkerKey
 
 LOWER_TIERS: tuple[StorageTier, ...] = ("host_pinned", "disk", "external")  # nearest first
@@ -59,22 +60,29 @@ class TierIndex:
 
     def find(self, sequence_hashes: Sequence[int], now: float = 0.0) -> dict[WorkerKey, Overlap]:
         """What each worker holds of a prompt from its start; only those that hold anything. `now` does not matter."""
+        found: dict[WorkerKey, Overlap] = {}
+        for overlap, workers in self.groups(sequence_hashes, now):
+            found.update(dict.fromkeys(workers, overlap))
+        return found
+
+    def groups(self, sequence_hashes: Sequence[int], now: float = 0.0) -> Sequence[tuple[Overlap, Sequence[WorkerKey]]]:
+        """As `find`, those together that hold equally much; of several groups a worker is in, the last one counts."""
         index = self.index
         levels = index.reached(sequence_hashes)
         if not levels:
-            return {}
+            return ()
         if levels[0].mask & self._lower_mask:
-            return self._find_on_tiers(sequence_hashes, levels)
-        found: dict[Holder, Overlap] = {}
-        for blocks, mask in index.levels(sequence_hashes) if index.has_holes else levels:
-            found.update(dict.fromkeys(index.members(mask), Overlap(blocks)))
-        return found  # type: ignore[return-value]  # the sets have no lower tier in them
+            return [(overlap, (worker,)) for worker, overlap in self._find_on_tiers(sequence_hashes, levels).items()]
+        if index.has_holes:
+            levels = index.levels(sequence_hashes)
+        by_level: Callable[[list[Level]], Any] = index.by_level  # there are no lower tiers in these levels
+        return [(Overlap(blocks), workers) for blocks, workers in by_level(levels)]
 
     def _find_on_tiers(self, sequence_hashes: Sequence[int], levels: list[Level]) -> dict[WorkerKey, Overlap]:
         index = self.index
         ends: dict[Holder, int] = {}
-        for blocks, mask in levels:
-            ends.update(dict.fromkeys(index.members(mask), blocks))
+        for blocks, holders in index.by_level(levels):
+            ends.update(dict.fromkeys(holders, blocks))
         holes = index.holes_in(sequence_hashes, levels)
         positions = [position for position, _ in holes]
 
@@ -124,7 +132,7 @@ class TierIndex:
         blocks = stored.blocks
         names = [block.block_hash for block in blocks]
         local_hashes = [block.tokens_hash for block in blocks]
-        holder = self._holder(worker, tier)
+        holder = worker if tier == "device" else self._lower_tier(worker, tier)
         parent = stored.parent_hash
         if parent is None or worker not in self._lower:
             return self.index.store(holder, parent, names, local_hashes)
@@ -135,9 +143,7 @@ class TierIndex:
                 return self.index.store_after(holder, above, names, local_hashes)
         raise UnknownParentError(f"{worker} does not hold the parent block {parent} on any tier")
 
-    def _holder(self, worker: WorkerKey, tier: StorageTier) -> Holder:
-        if tier == "device":
-            return worker
+    def _lower_tier(self, worker: WorkerKey, tier: StorageTier) -> LowerTier:
         place = LowerTier(worker, tier)
         if place not in self.index:
             self.index.add(place)
@@ -150,7 +156,8 @@ class TierIndex:
 
     def remove(self, worker: WorkerKey, tier: StorageTier, removed: Removed) -> int:
         """Returns how many of the blocks were not there."""
-        return self.index.remove(self._holder(worker, tier), removed.block_hashes)
+        holder = worker if tier == "device" else LowerTier(worker, tier)
+        return self.index.remove(holder, removed.block_hashes)
 
     def clear(self, worker: WorkerKey, tier: StorageTier | None = None) -> None:
         """Everything of a worker on a tier, or on all, is gone."""
