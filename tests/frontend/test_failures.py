@@ -259,7 +259,7 @@ async def test_a_pin_to_nobody_is_a_503_and_to_somebody_is_kept(
     assert "x-dynamo-worker-instance-id" in answer.json()["message"]
 
 
-@pytest.mark.parametrize("mode", ["round-robin", "random", "power-of-two", "least-loaded"])
+@pytest.mark.parametrize("mode", ["round-robin", "random", "power-of-two", "least-loaded", "device-aware-weighted"])
 async def test_requests_are_spread_over_workers(
     start_frontend: StartFrontend, start_worker: StartWorker, mode: str
 ) -> None:

@@ -240,4 +240,7 @@ async def test_what_a_request_cost_is_in_the_metrics(served: Served) -> None:
         f'worker_last_input_sequence_tokens{{dp_rank="none",worker_id="{worker.instance_id}",worker_type="decode"}}',
     ):
         assert f"dynamo_frontend_{line}" in text, line
-    assert "event_loop_delay_seconds" in text
+    assert "dynamo_frontend_event_loop_delay_seconds" in text
+    known = text.split('tokenizer_cache_cached_tokens_total{model="tiny"} ')[1].split("\n")[0]
+    new = text.split('tokenizer_cache_uncached_tokens_total{model="tiny"} ')[1].split("\n")[0]
+    assert float(known) + float(new) > 0

@@ -9,10 +9,7 @@ import msgspec
 from dynamo.runtime.options import OptionParser, env_bool, env_number
 
 ROUTER_MODES = ("round-robin", "random", "power-of-two", "kv", "direct", "least-loaded", "device-aware-weighted")
-ABSENT_ROUTER_MODES = {
-    "kv": "KV-aware routing is not in this version",
-    "device-aware-weighted": "device-aware routing is not in this version",
-}
+ABSENT_ROUTER_MODES = {"kv": "KV-aware routing is not in this version"}
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):

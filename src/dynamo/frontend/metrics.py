@@ -51,6 +51,10 @@ class FrontendMetrics:
         self.output_length = self._histogram("output_sequence_tokens", "Tokens of an answer", "OUTPUT_SEQUENCE")
         self.cached_tokens = self._histogram("cached_tokens", "Prompt tokens found in a prefix cache", "INPUT_SEQUENCE")
         self.output_tokens = self._counter("output_tokens_total", "Output tokens, counted as they come", *model)
+        self.cache_hits = self._counter("tokenizer_cache_hits_total", "Prompts that began with known text").labels()
+        self.cache_misses = self._counter("tokenizer_cache_misses_total", "Prompts that did not").labels()
+        self.cache_known = self._counter("tokenizer_cache_cached_tokens_total", "Prompt tokens looked up", *model)
+        self.cache_new = self._counter("tokenizer_cache_uncached_tokens_total", "Prompt tokens computed", *model)
         self.model_ready = self._gauge("model_ready", "Whether a request for the model can be routed", *model)
         self.model_facts = {name: self._gauge(f"model_{name}", text, *model) for name, text in MODEL_FACTS.items()}
         worker = ("worker_id", "dp_rank", "worker_type")

@@ -213,6 +213,7 @@ class ModelRegistry:
         self._metrics.forget_worker(key.instance_id)
         self._sync_names(worker_set)
         if not worker_set.workers:
+            worker_set.count_cache(self._metrics)
             worker_set.close()
             del self._sets[of]
             log.info("model %r at %s has no worker left", of.model, of.path)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
 from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import Preprocessor
@@ -51,7 +52,7 @@ class _Candidate:
 
     instance_id: int
     inflight: int
-    device_type: str = "cpu"
+    device_type: str
 
 
 class WorkerSet:
@@ -84,6 +85,7 @@ class WorkerSet:
         self._starting: asyncio.Task[None] | None = None
         self._had_enough = False
         self._whole_endpoint = False  # whether every instance of the endpoint is ours to choose from
+        self._cache_counted: tuple[int, ...] = (0, 0, 0, 0)
         self.worker_count = 0
         """Workers that are admitted and alive, as of the last `refresh`."""
 
@@ -180,6 +182,22 @@ class WorkerSet:
         card = self.workers.get(instance_id, self.card)
         return bool(card.runtime_config.runtime_data.get(OPENAI_BYTES))
 
+    def count_cache(self, metrics: FrontendMetrics) -> None:
+        """Add what the tokenizer's cache did since the last call. Called when somebody asks for metrics."""
+        counts = self.preprocessor.tokenizer.cache_counts if self.preprocessor is not None else None
+        if counts is None:
+            return
+        now = (counts.hits, counts.misses, counts.cached_tokens, counts.uncached_tokens)
+        series = (
+            metrics.cache_hits,
+            metrics.cache_misses,
+            metrics.cache_known.labels(self.key.model),
+            metrics.cache_new.labels(self.key.model),
+        )
+        for counter, count, before in zip(series, now, self._cache_counted, strict=True):
+            counter.value += count - before
+        self._cache_counted = now
+
     # --- sending
 
     def choose(self, request: PreprocessedRequest) -> int:
@@ -204,7 +222,12 @@ class WorkerSet:
             )
         if self._whole_endpoint:
             return client.pick(self._mode)
-        candidates = [_Candidate(i, client.inflight(i)) for i in client.available_ids() if i in self.workers]
+        available = self.workers.keys() & set(client.available_ids())
+        candidates = [
+            _Candidate(instance.instance_id, client.inflight(instance.instance_id), instance.device_type)
+            for instance in client.instances()
+            if instance.instance_id in available
+        ]
         if not candidates:
             raise WorkerUnavailable(f"no worker of {self.key.path} serves {self.key.model!r} now")
         return self._chooser.choose(self._mode, candidates).instance_id
