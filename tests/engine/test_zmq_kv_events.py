@@ -10,7 +10,7 @@ import pytest
 import zmq
 from zmq.asyncio import Context
 
-from dynamo.engine.zmq_kv_events import KvEventDecoder, KvEventRelay, TieredEvents, BlockSizeError, local_endpoint
+from dynamo.engine.zmq_kv_events import BlockSizeError, KvEventDecoder, KvEventRelay, TieredEvents, local_endpoint
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.llm.kv_events import KvEventData
 
