@@ -39,16 +39,12 @@ SCENARIOS = {
 }
 GOALS = {"stream": 0.30, "crowd": 0.45, "unary": 0.30, "long": 0.75, "shared": 0.30, "single": 0.15}
 
-OWN: dict[str, list[str]] = {
-    "request_plane": ["--streams", "64", "--steps", "2000", "--step-ms", "4"],
-    "event_plane": [],
-    "preprocess": [],
-    "metrics": [],
-    "mocker": [],
-    "http_server": [],
-    "vllm_server": [],
-}
-"""Programs in benchmarks/ and their arguments; one that is not there is left out."""
+FIRST = "vllm_worker"  # of our own: what users feel most
+
+
+def own() -> list[str]:
+    """Names of the programs in benchmarks/, in the order of the page."""
+    return sorted((p.stem for p in (ROOT / "benchmarks").glob("*.py")), key=lambda name: (name != FIRST, name))
 
 
 def main() -> int:
@@ -63,8 +59,8 @@ def main() -> int:
         if a.only != "own":
             compare(a.rounds, a.peer)
         if a.only != "peer":
-            for name, words in OWN.items():
-                run_own(name, words)
+            for name in own():
+                run_own(name)
     PAGE.write_text(page())
     print(f"wrote {PAGE.relative_to(ROOT)}")
     return 0
@@ -89,16 +85,14 @@ def compare(rounds: int, peer: Path | None) -> None:
     (RESULTS / "compare.about.json").write_text(json.dumps(about() | {"rounds": rounds, "minutes": _minutes(started)}))
 
 
-def run_own(name: str, words: list[str]) -> None:
+def run_own(name: str) -> None:
     """Run one of our own benchmarks and keep what it prints."""
     program = ROOT / "benchmarks" / f"{name}.py"
-    if not program.exists():
-        return
-    command = " ".join(["python", f"benchmarks/{name}.py", *words])
+    command = f"python benchmarks/{name}.py"
     print(f"\n$ {command}", flush=True)
     try:
         done = subprocess.run(
-            [sys.executable, program, *words], cwd=ROOT, capture_output=True, text=True, timeout=OWN_TIMEOUT_S
+            [sys.executable, program], cwd=ROOT, capture_output=True, text=True, timeout=OWN_TIMEOUT_S
         )
         text = done.stdout + (done.stderr[-2000:] if done.returncode else "")
     except subprocess.TimeoutExpired:
@@ -148,7 +142,7 @@ def page() -> str:
         "",
     ]
     parts += peer_part(_kept("compare"), _kept("compare.about"))
-    for name in OWN:
+    for name in own():
         if (kept := _kept(name)) is not None:
             parts += [f"## {kept['question']}", "", f"`{kept['command']}`, {_where(kept)}:", ""]
             parts += ["```", kept["text"], "```", ""]

@@ -158,6 +158,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
+    def press_until(self, key: str, pattern: str) -> None:
+        """Press a key until it is noticed: a prompt that is shown may not be read yet."""
+        for _ in range(30):
+            self.type(key)
+            with contextlib.suppress(AssertionError):
+                self.expect(pattern, 1)
+                return
+        raise AssertionError(f"{pattern!r} did not come; there is {self.text[-2000:]!r}")
+
     def wait(self, timeout_s: float = 20.0) -> int:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -202,8 +211,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(chat: Terminal) -> None:
     chat.type("\x03")
     chat.expect("stopped")
     chat.expect("you ▸")
-    chat.type("\x03")
-    chat.expect("Ctrl-D ends the chat")
+    chat.press_until("\x03", "Ctrl-D ends the chat")
     chat.type("/quit\n")
     assert chat.wait() == 0
 

@@ -1,6 +1,5 @@
 """What does `dynamo run` do? Serve a model by one command: start everything, use it, and leave nothing behind."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -25,6 +24,7 @@ from dynamo.cli.order import Order, parse
 from dynamo.cli.ready import NotReady, wait_until_ready
 
 SAID_TOKENS = 48  # of the answer to --say: enough to see that it answers
+TELL_AGAIN_S = 0.5  # input() sleeps on if a signal comes in the instant before it begins to wait
 DEMO_MAX_TOKENS = 128  # the demo model hardly ever ends an answer by itself
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -85,7 +85,8 @@ def _run(order: Order, console: Console) -> int:
                 _answer(client, prompt, fields)
             case _:
                 assert order.batch_file is not None
-                return _batch(order.batch_file, request, options.concurrency, fields, children, console)
+                base_url = f"http://127.0.0.1:{port}"
+                return _batch(order.batch_file, base_url, model.name, options.concurrency, fields, children, console)
     return 0
 
 
@@ -134,28 +135,35 @@ def _fields(options: Any, is_demo: bool) -> dict[str, Any]:
 def _children(show: bool) -> Iterator[Children]:
     """The children, ended whatever ends us; a child's death is raised in the main thread as ChildDied."""
     children = Children(show=show)
+    noticed = threading.Event()
+    main_thread = threading.get_ident()
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
     def died(number: int, frame: FrameType | None) -> None:
+        noticed.set()
         children.check()
 
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
+    def tell() -> None:
+        while not noticed.is_set():
+            signal.pthread_kill(main_thread, signal.SIGUSR1)
+            noticed.wait(TELL_AGAIN_S)
+
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, leave)
     signal.signal(signal.SIGUSR1, died)
-    children.on_death(lambda: signal.pthread_kill(main_thread, signal.SIGUSR1))
+    children.on_death(tell)
     try:
         yield children
     finally:
+        noticed.set()
         children.on_death(None)
         children.stop()
 
 
 def _serve(client: ChatClient, request: plan.Request, say: str | None, fields: dict[str, Any]) -> None:
-    """Tell how to reach it, show that it answers, and wait for Ctrl-C."""
+    """Tell how to reach it, and show that it answers."""
     address = f"http://{'[' + request.host + ']' if ':' in request.host else request.host}:{request.port}"
     body = {"model": client.model, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
     print(f"\nserving {client.model} at {address}/v1  (OpenAI API)\ntry:")
@@ -183,59 +191,18 @@ def _answer(client: ChatClient, prompt: str, fields: dict[str, Any]) -> None:
 
 
 def _batch(
-    source: Path, request: plan.Request, concurrency: int, fields: dict[str, Any], children: Children, console: Console
+    source: Path,
+    base_url: str,
+    model: str,
+    concurrency: int,
+    fields: dict[str, Any],
+    children: Children,
+    console: Console,
 ) -> int:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from dynamo.cli.batch import BatchError, Settings  # aiohttp takes a quarter of a second to load
+    from dynamo.cli.batch_command import show_batch
 
-    from dynamo.cli.batch import BatchError, Settings, Summary, journal_path, output_path, run_batch
-
-    settings = Settings(
-        base_url=f"http://127.0.0.1:{request.port}", model=request.model.name, concurrency=concurrency, fields=fields
-    )
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[rate]}")
-    )  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("lines", rate="", total=None)
-
-        def step(done: int, lines: int, tokens: int) -> None:
-            elapsed = progress.tasks[0].elapsed or 0
-            rate = f"{tokens / elapsed:.0f} tokens/s" if elapsed else ""
-            progress.update(task, completed=done, total=lines, rate=rate)
-
-        async def answer_all() -> Summary:
-            me, loop = asyncio.current_task(), asyncio.get_running_loop()
-            assert me is not None
-
-            def cancel() -> None:
-                loop.call_soon_threadsafe(me.cancel)
-
-            children.on_death(cancel)
-            return await run_batch(source, settings, step)
-
-        try:
-            summary = asyncio.run(answer_all())
-        except asyncio.CancelledError:
-            children.check()  # the reason
-            raise
-        except KeyboardInterrupt:
-            console.print(f"stopped; {journal_path(source)} has what is done: the same command goes on from there")
-            return EXIT_INTERRUPTED
-        except BatchError as e:
-            raise plan.PlanError(str(e)) from e
-    new = summary.lines - summary.resumed
-    console.print(
-        f"{new} lines answered in {summary.seconds:.1f} s, {summary.resumed} were there before, "
-        f"{summary.failed} failed; {summary.prompt_tokens} tokens in, {summary.completion_tokens} out, "
-        f"{summary.tokens_per_s:.1f} tokens/s out",
-        highlight=False,
-    )
-    print(output_path(source))
-    return 0
+    try:
+        return show_batch(source, Settings(base_url, model, concurrency, fields), children, console)
+    except BatchError as e:
+        raise plan.PlanError(str(e)) from e
