@@ -8,7 +8,8 @@ sequence with the same prefix). Named blocks that nobody uses stay in an LRU lis
 The pool is counted, not addressed: a simulation needs no block numbers.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 
 from dynamo.llm.kv_events import KvEventData, Removed, Stored, StoredBlock
 
@@ -23,8 +24,9 @@ class BlockPool:
         self.capacity = capacity
         self._blanks = 0
         self._used: dict[int, int] = {}  # sequence hash -> sequences that use it
-        self._idle: dict[int, None] = {}  # sequence hash, least recently used first
-        self._record = record_events
+        # Sequence hash, least recently used first. A plain dict would have to skip its dead entries at every eviction.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self.record_events = record_events
         self._events: list[KvEventData] = []
 
     @property
@@ -42,27 +44,41 @@ class BlockPool:
         return name in self._used or name in self._idle
 
     def match(self, names: Sequence[int], limit: int) -> int:
-        """How many of the first `limit` names are held, without a hole."""
-        used, idle = self._used, self._idle
-        for i in range(min(limit, len(names))):
-            name = names[i]
-            if name not in used and name not in idle:
-                return i
-        return min(limit, len(names))
-
-    def count_idle(self, names: Iterable[int]) -> int:
-        """How many of these held names nobody uses: taking them makes fewer blocks available."""
-        return sum(name in self._idle for name in names)
-
-    def acquire(self, names: Iterable[int]) -> None:
-        """Use blocks that are held."""
-        used, idle = self._used, self._idle
-        for name in names:
-            if name in used:
-                used[name] += 1
+        """How many of the first `limit` names are held. What is held of a prompt is its beginning, without a hole:
+        see `release`."""
+        low, high = 0, min(limit, len(names))
+        while low < high:
+            middle = (low + high) >> 1
+            if self.holds(names[middle]):
+                low = middle + 1
             else:
-                del idle[name]
-                used[name] = 1
+                high = middle
+        return low
+
+    def _used_of(self, names: Sequence[int], users: int = 1) -> int:
+        """How many of these held names have at least so many users: like those held, the first ones."""
+        used, low, high = self._used, 0, len(names)
+        while low < high:
+            middle = (low + high) >> 1
+            if used.get(names[middle], 0) >= users:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def count_idle(self, names: Sequence[int]) -> int:
+        """How many of these held names nobody uses: taking them makes fewer blocks available."""
+        return len(names) - self._used_of(names)
+
+    def acquire(self, names: Sequence[int]) -> None:
+        """Use blocks that are held, a prompt's beginning."""
+        used, idle = self._used, self._idle
+        shared = self._used_of(names)
+        for name in names[:shared]:
+            used[name] += 1
+        for name in names[shared:]:
+            del idle[name]
+            used[name] = 1
 
     def allocate(self, count: int) -> None:
         """Take `count` blank blocks, evicting the least recently used idle ones where there is no other room."""
@@ -73,14 +89,9 @@ class BlockPool:
             self._evict(overfull)
 
     def _evict(self, count: int) -> None:
-        evicted = []
-        for name in self._idle:
-            evicted.append(name)
-            if len(evicted) == count:
-                break
-        for name in evicted:
-            del self._idle[name]
-        if self._record:
+        pop = self._idle.popitem
+        evicted = [pop(last=False)[0] for _ in range(count)]
+        if self.record_events:
             self._events.append(KvEventData(removed=Removed(evicted)))
 
     def name(self, parent: int | None, names: Sequence[int], contents: Sequence[int]) -> None:
@@ -89,6 +100,11 @@ class BlockPool:
         A name that is held already is shared instead, and the blank block is free again.
         """
         self._blanks -= len(names)
+        if self._used.keys().isdisjoint(names) and self._idle.keys().isdisjoint(names):
+            self._used.update(dict.fromkeys(names, 1))
+            if self.record_events:
+                self._stored(parent, list(map(StoredBlock, names, contents)))
+            return
         run: list[StoredBlock] = []
         for name, content in zip(names, contents, strict=True):
             if self.holds(name):
@@ -101,20 +117,23 @@ class BlockPool:
         self._stored(parent, run)
 
     def _stored(self, parent: int | None, run: list[StoredBlock]) -> None:
-        if run and self._record:
+        if run and self.record_events:
             self._events.append(KvEventData(stored=Stored(run, parent)))
 
     def release(self, names: Sequence[int], blanks: int) -> None:
-        """Stop using blocks. The end of a prefix becomes the oldest, so it is evicted before what it stands on."""
+        """Stop using blocks. The end of a prefix becomes the oldest, so it is evicted before what it stands on.
+
+        `names` begin with the first block of a sequence, and whoever uses a block uses all before it.
+        """
         self._blanks -= blanks
-        used, idle = self._used, self._idle
-        for name in reversed(names):
-            users = used[name] - 1
-            if users:
-                used[name] = users
-            else:
-                del used[name]
-                idle[name] = None
+        used = self._used
+        shared = self._used_of(names, 2)
+        for name in names[:shared]:
+            used[name] -= 1
+        freed = names[shared:]
+        for name in freed:
+            del used[name]
+        self._idle.update(dict.fromkeys(reversed(freed)))
 
     def clear_idle(self) -> int:
         """Forget every block that nobody uses. Returns how many there were."""

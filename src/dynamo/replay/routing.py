@@ -1,0 +1,227 @@
+"""Where does each simulated request go?
+
+The KV router here is the one that serves: `KvScheduler` with its policies, `TierIndex` fed by the engines' own cache
+events. The others know nothing of a prompt and are what it is compared with.
+"""
+
+import random
+from collections import deque
+from typing import Any, Protocol
+
+import msgspec
+
+from dynamo.llm.kv_events import KvEventData
+from dynamo.mocker.batching import SchedulerConfig
+from dynamo.replay.prompts import ReplayedSequence
+from dynamo.router.config import KvRouterConfig
+from dynamo.router.policies import POLICIES
+from dynamo.router.scheduler import KvScheduler
+from dynamo.router.tier_index import TierIndex
+from dynamo.router.types import RouteRequest, WorkerKey, WorkerLimits
+
+BASELINES = ("round-robin", "random", "least-loaded")
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """A worker, and how many tokens of the prompt the router believes it to hold."""
+
+    worker: int
+    overlap_tokens: int = 0
+    best_overlap_tokens: int = 0
+
+
+class Routing(Protocol):
+    """What places requests. Every request it placed it hears of twice: at the first token, and at the end."""
+
+    name: str
+    wants_cache_events: bool
+    wants_progress: bool
+
+    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
+        """Place a request."""
+        ...
+
+    def first_token(self, sequence: ReplayedSequence, now: float) -> None:
+        """Its prompt is computed."""
+        ...
+
+    def finished(self, sequence: ReplayedSequence, now: float) -> None:
+        """It is done."""
+        ...
+
+    def cache_changed(self, worker: int, changes: list[KvEventData], now: float) -> None:
+        """A worker's cache changed."""
+        ...
+
+    def output_block(self, sequence: ReplayedSequence) -> None:
+        """Its answer fills one more block. Only told where progress is wanted."""
+        ...
+
+
+class _Blind:
+    """Counts requests in flight and knows nothing else."""
+
+    name: str
+    wants_cache_events = False
+    wants_progress = False
+
+    def __init__(self, workers: int, seed: int) -> None:
+        self.inflight = [0] * workers
+        self.rng = random.Random(seed)
+
+    def pick(self) -> int:
+        """A worker's position."""
+        raise NotImplementedError
+
+    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
+        """See `Routing.choose`."""
+        worker = self.pick()
+        self.inflight[worker] += 1
+        return Choice(worker)
+
+    def first_token(self, sequence: ReplayedSequence, now: float) -> None:
+        """Nothing to do."""
+
+    def finished(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Routing.finished`."""
+        self.inflight[sequence.worker] -= 1
+
+    def cache_changed(self, worker: int, changes: list[KvEventData], now: float) -> None:
+        """Nothing to do."""
+
+    def output_block(self, sequence: ReplayedSequence) -> None:
+        """Nothing to do."""
+
+
+class RoundRobin(_Blind):
+    """One after the other."""
+
+    name = "round-robin"
+    _turn = 0
+
+    def pick(self) -> int:
+        """See `_Blind.pick`."""
+        self._turn += 1
+        return (self._turn - 1) % len(self.inflight)
+
+
+class Random(_Blind):
+    """Any."""
+
+    name = "random"
+
+    def pick(self) -> int:
+        """See `_Blind.pick`."""
+        return self.rng.randrange(len(self.inflight))
+
+
+class LeastLoaded(RoundRobin):
+    """The fewest requests in flight; among equals the next in turn."""
+
+    name = "least-loaded"
+
+    def pick(self) -> int:
+        """See `_Blind.pick`."""
+        start, count = super().pick(), len(self.inflight)
+        return min(((start + i) % count for i in range(count)), key=self.inflight.__getitem__)
+
+
+class KvRouting:
+    """The KV router with one of its policies. Cache events reach it `event_lag_s` after they happen."""
+
+    wants_cache_events = True
+
+    def __init__(
+        self,
+        workers: int,
+        limits: SchedulerConfig,
+        config: KvRouterConfig,
+        *,
+        event_lag_s: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.block_size = limits.block_size
+        self.index = TierIndex()
+        self.scheduler = KvScheduler(limits.block_size, config, self.index, rng=random.Random(seed))
+        self.name = config.router_policy
+        self._keys = [WorkerKey(worker) for worker in range(workers)]
+        self._lag_s = event_lag_s
+        self._under_way: deque[tuple[float, WorkerKey, list[KvEventData]]] = deque()
+        self.wants_progress = config.router_track_output_blocks
+        for key in self._keys:
+            self.scheduler.add_worker(
+                key, WorkerLimits(limits.num_blocks, limits.max_num_batched_tokens, limits.max_num_seqs)
+            )
+
+    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
+        """See `Routing.choose`."""
+        self._deliver(now)
+        request = RouteRequest(
+            request_id=sequence.id,
+            token_count=sequence.num_prompt,
+            sequence_hashes=sequence.names.copy(),
+            session_id=sequence.request.session_id,
+            expected_output_tokens=sequence.max_tokens if self.wants_progress else None,
+            arrived_at=now,
+        )
+        decision = self.scheduler.select(request, now)
+        self.scheduler.book(request, decision, now)
+        return Choice(
+            decision.worker.worker_id,
+            decision.overlap.total * self.block_size,
+            decision.best_overlap_blocks * self.block_size,
+        )
+
+    def _deliver(self, now: float) -> None:
+        due, apply = now - self._lag_s, self.index.apply
+        while self._under_way and self._under_way[0][0] <= due:
+            _, worker, changes = self._under_way.popleft()
+            for change in changes:
+                apply(worker, "device", change)
+
+    def first_token(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Routing.first_token`."""
+        self.scheduler.prefill_done(sequence.id, now)
+
+    def finished(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Routing.finished`."""
+        self.scheduler.free(sequence.id, now, sequence.num_output)
+
+    def output_block(self, sequence: ReplayedSequence) -> None:
+        """See `Routing.output_block`."""
+        self.scheduler.output_block(sequence.id)
+
+    def cache_changed(self, worker: int, changes: list[KvEventData], now: float) -> None:
+        """See `Routing.cache_changed`. Blocks of an answer make no events fit for a choice, but take room like any."""
+        self._under_way.append((now, self._keys[worker], changes))
+
+
+def routing_names() -> list[str]:
+    """All that can be asked for."""
+    return [*BASELINES, *POLICIES]
+
+
+def make_routing(
+    name: str,
+    workers: int,
+    limits: SchedulerConfig,
+    *,
+    config: KvRouterConfig | None = None,
+    event_lag_s: float = 0.0,
+    seed: int = 0,
+) -> Routing:
+    """The routing of that name: a baseline, or a policy of the KV router. Raises ValueError naming those there are."""
+    for blind in (RoundRobin, Random, LeastLoaded):
+        if name == blind.name:
+            return blind(workers, seed)
+    if name not in POLICIES:
+        raise ValueError(f"policy must be one of {', '.join(routing_names())}, got {name!r}")
+    config = (config or KvRouterConfig()).with_overrides(router_policy=name)
+    return KvRouting(workers, limits, config, event_lag_s=event_lag_s, seed=seed)
+
+
+def routing_details(routing: Routing) -> dict[str, Any]:
+    """What the routing knows at the end, for checks: nothing may be left of finished requests."""
+    if isinstance(routing, KvRouting):
+        return {"open_bookings": len(routing.scheduler.load.bookings), "index_blocks": len(routing.index)}
+    return {}
