@@ -15,9 +15,10 @@ usage: dynamo COMMAND ...
   vllm         a worker of the engine vLLM           (python -m dynamo.vllm)
   mocker       simulated workers                     (python -m dynamo.mocker)
   echo         workers that answer with the prompt   (python -m dynamo.echo)
+  attach       a running vLLM or SGLang server as a worker  (python -m dynamo.attach URL)
 
 `dynamo COMMAND --help` lists a command's options, `dynamo --version` tells the version."""
-PROGRAMS = ("frontend", "vllm", "mocker", "echo")
+PROGRAMS = ("frontend", "vllm", "mocker", "echo", "attach")
 
 
 def main() -> int:

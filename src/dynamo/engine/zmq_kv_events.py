@@ -170,8 +170,6 @@ class KvEventRelay:
         self._next = 0
         self._last_heard = -1
         self._complained = False
-        self.batches = 0
-        """Batches handed on so far."""
         self._task = asyncio.create_task(self._run(catch_up), name="engine kv events")
 
     async def close(self) -> None:
@@ -214,7 +212,6 @@ class KvEventRelay:
         except ValueError:
             log.exception("ignoring a batch of KV events that cannot be read")
         else:
-            self.batches += 1
             self._report(events)
 
     def _complain(self, error: BlockSizeError) -> None:
