@@ -12,7 +12,7 @@ from dynamo.router.active_load import ActiveLoad, Foreign
 from dynamo.router.types import WorkerKey, WorkerLimits
 
 KEYS = [WorkerKey(1), WorkerKey(1, 1), WorkerKey(2), WorkerKey(3)]
-COLUMNS = ("prefill_tokens", "prefill_requests", "decode_blocks", "requests")
+COLUMNS = ("prefill_tokens", "prefill_requests", "decode_blocks", "requests", "oldest_prefill")
 
 
 class NaiveLoad:
@@ -30,6 +30,7 @@ class NaiveLoad:
             "prefill_requests": len(waiting),
             "decode_blocks": len(held) + sum(booking["private"] for booking in here),
             "requests": len(here),
+            "oldest_prefill": waiting[0]["tokens"] if waiting else 0,
         }
 
     def shared(self, worker: WorkerKey, path: list[int]) -> int:
@@ -224,14 +225,13 @@ def test_what_others_sent_is_added_and_taken_back():
 def test_the_oldest_prompt_and_its_progress_are_known():
     load = ActiveLoad()
     load.add_worker(WorkerKey(1))
-    assert load.oldest_prefill_tokens(0) == 0
     load.book("a", WorkerKey(1), [1], 500, 10.0)
     load.book("b", WorkerKey(1), [2], 300, 11.0)
-    assert (load.oldest_prefill_tokens(0), load.progress_at[0]) == (500, 10.0)
+    assert (load.oldest_prefill, load.progress_at) == ([500], [10.0])
     load.prefill_done("a", 12.0)
-    assert (load.oldest_prefill_tokens(0), load.progress_at[0]) == (300, 12.0)
+    assert (load.oldest_prefill, load.progress_at) == ([300], [12.0])
     load.free("b")
-    assert load.oldest_prefill_tokens(0) == 0
+    assert load.oldest_prefill == [0]
 
 
 def test_only_bookings_older_than_the_limit_expire():

@@ -1,11 +1,27 @@
 """What each policy makes of a situation."""
 
+import math
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dynamo.router.active_load import ActiveLoad
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies import POLICIES, make_policy
-from dynamo.router.types import Overlap, RouteRequest, RouterOverride, View, WorkerKey, WorkerLimits
+from dynamo.router.policies.predicted import PredictedLatency
+from dynamo.router.scheduler import KvScheduler
+from dynamo.router.types import (
+    Decoded,
+    Overlap,
+    Prefilled,
+    RouteRequest,
+    RouterOverride,
+    View,
+    WorkerKey,
+    WorkerLimits,
+)
 
 BLOCK = 16
 
@@ -40,7 +56,9 @@ def costs(name, workers, config=None, **more) -> list[float]:
 
 
 def test_an_unknown_policy_is_refused_with_those_there_are():
-    with pytest.raises(ValueError, match="router_policy must be one of linear, lmetric, sticky.*got 'best'"):
+    with pytest.raises(
+        ValueError, match=r"router_policy must be one of linear, lmetric, predicted, sticky.*got 'best'"
+    ):
         make_policy("best", KvRouterConfig())
 
 
@@ -124,3 +142,131 @@ def test_sticky_leaves_a_saturated_holder():
 def test_sticky_takes_a_small_hit_for_none():
     found = costs("sticky", [(50, 0, 0, 2), (0, 0, 0, 0)])
     assert found == [50 + 128, 160]
+
+
+# --- predicted
+
+
+def learnt(observations=(), config=None) -> PredictedLatency:
+    policy = PredictedLatency(KvRouterConfig(**(config or {})))
+    for worker, tokens, ttft_s in observations:
+        policy.prefilled(Prefilled(WorkerKey(worker), tokens, 0, 0, 0, ttft_s))
+    return policy
+
+
+def engine(rnd, worker, token_s=2e-4, height_s=0.05, noise=0.1):
+    """A prompt's length and how long an engine of that speed takes."""
+    tokens = rnd.randrange(100, 20_000)
+    return worker, tokens, (height_s + token_s * tokens) * rnd.uniform(1 - noise, 1 + noise)
+
+
+def test_before_anything_is_learnt_an_ordinary_gpu_is_assumed():
+    policy = learnt()
+    assert policy.first_token.at(0) == pytest.approx(0.03)
+    assert policy.first_token.at(8192) == pytest.approx(0.85)
+
+
+def test_the_speed_of_prefill_is_learnt_from_a_hundred_requests():
+    rnd = random.Random(1)
+    policy = learnt(engine(rnd, i % 4) for i in range(100))
+    for tokens in (5000, 10_000, 20_000):
+        assert policy.first_token.at(tokens) == pytest.approx(0.05 + 2e-4 * tokens, rel=0.1)
+
+
+def test_a_change_of_speed_is_learnt():
+    rnd = random.Random(1)
+    policy = learnt([*(engine(rnd, 0) for _ in range(500)), *(engine(rnd, 0, 1e-3) for _ in range(600))])
+    assert policy.first_token.at(10_000) == pytest.approx(10, rel=0.2)
+
+
+@pytest.mark.parametrize("ttft_s", [float("nan"), float("inf"), -1.0, -float("inf")])
+def test_times_that_cannot_be_are_counted_and_not_learnt(ttft_s):
+    policy = learnt([(0, 1000, ttft_s)] * 100)
+    assert policy.ignored == 100
+    assert policy.first_token.at(8192) == pytest.approx(0.85)
+    assert not math.isnan(policy.costs(view([(100, 1, 5, 0)]))[0])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-10, 10**12), st.floats()), max_size=80))
+@settings(deadline=None)
+def test_no_observations_make_costs_anything_but_finite_and_above_zero(observations):
+    policy = learnt(observations)
+    for worker, tokens, seconds in observations:
+        policy.decoded(Decoded(WorkerKey(worker), tokens, seconds, 3, 5))
+    found = policy.costs(view([(100, 1, 5, 0), (0, 0, 0, 9), (10**6, 50, 500, 1)], now=1e6))
+    assert all(math.isfinite(cost) and cost > 0 for cost in found)
+
+
+def test_an_outlier_now_and_then_changes_little():
+    rnd = random.Random(1)
+    policy = learnt((0, 1000, 3600.0) if i % 20 == 19 else engine(rnd, 0) for i in range(400))
+    assert policy.first_token.at(10_000) == pytest.approx(2.05, rel=0.25)
+
+
+def test_workers_alike_keep_the_pace_of_all():
+    rnd = random.Random(1)
+    policy = learnt(engine(rnd, i % 4, noise=0.3) for i in range(800))
+    found = policy.costs(view([(500, 1, 5, 0)] * 4))
+    assert len(set(found)) == 1
+
+
+def test_a_worker_three_times_slower_costs_more():
+    rnd = random.Random(1)
+    policy = learnt(engine(rnd, i % 4, 6e-4 if i % 4 == 3 else 2e-4) for i in range(800))
+    fast, _, _, slow = policy.costs(view([(500, 1, 5, 0)] * 4))
+    assert 1.1 < slow / fast < 3
+    policy.forget(WorkerKey(3))
+    found = policy.costs(view([(500, 1, 5, 0)] * 4))
+    assert found[3] == pytest.approx(found[0], rel=0.05)
+
+
+def test_a_worker_that_decodes_slowly_costs_more():
+    policy = learnt()
+    for i in range(400):
+        policy.decoded(Decoded(WorkerKey(i % 4), 101, 1.0 if i % 4 < 3 else 8.0, 4, 100))
+    fast, _, _, slow = policy.costs(view([(500, 1, 5, 0)] * 4))
+    assert slow > 1.3 * fast
+    assert policy.terms(view([(500, 1, 5, 0)] * 4), 3)["decode_pace"] > 1.3
+
+
+def test_what_is_queued_shrinks_with_time_until_the_oldest_prompt_is_done():
+    policy = learnt()
+    terms = [policy.terms(view([(8000, 0, 0, 0)], now=now), 0)["queued_tokens"] for now in (0.0, 0.4, 0.8, 99.0)]
+    assert terms == [8000, pytest.approx(4000, rel=0.01), pytest.approx(0, abs=50), 0]
+    first, later = (policy.costs(view([(8000, 0, 0, 0)], now=now))[0] for now in (0.0, 99.0))
+    assert later == pytest.approx(first * 160 / 8160)
+
+
+def test_a_batch_of_sixteen_doubles_the_cost():
+    found = costs("predicted", [(0, 0, 0, 0), (0, 16, 0, 0)])
+    assert found[1] == pytest.approx(2 * found[0])
+
+
+def test_cached_tokens_take_no_time():
+    found = costs("predicted", [(0, 0, 0, 0), (0, 0, 0, 5)])
+    assert found[1] == pytest.approx(found[0] / 2)
+    found = costs("predicted", [(320, 3, 0, 0), (320, 3, 0, 5)])
+    assert found[1] == pytest.approx(found[0] * 400 / 480)
+
+
+def test_a_scheduler_with_a_learning_policy_tells_it_how_requests_fared():
+    policy = learnt()
+    scheduler = KvScheduler(BLOCK, KvRouterConfig(), NobodyHolds(), policy=policy)
+    scheduler.add_worker(WorkerKey(1))
+    told: list[object] = []
+    policy.prefilled = policy.decoded = told.append
+    for name, now in (("a", 0.0), ("b", 1.0)):
+        request = RouteRequest(request_id=name, token_count=160, sequence_hashes=[])
+        scheduler.book(request, scheduler.select(request, now), now)
+    scheduler.prefill_done("a", 2.0)
+    scheduler.prefill_done("a", 3.0)
+    scheduler.free("b")
+    scheduler.free("a", 4.0, 21)
+    assert told == [Prefilled(WorkerKey(1), 160, 0, 0, 0, 2.0), Decoded(WorkerKey(1), 21, 2.0, 1, 10)]
+
+
+class NobodyHolds:
+    """An index of nothing."""
+
+    def find(self, sequence_hashes, now):
+        return {}

@@ -57,6 +57,7 @@ class ActiveLoad:
         self.prefill_requests: list[int] = []
         self.decode_blocks: list[int] = []
         self.requests: list[int] = []
+        self.oldest_prefill: list[int] = []
         self.progress_at: list[float] = []
         self.position: dict[WorkerKey, int] = {}
         self.version = 0
@@ -75,6 +76,7 @@ class ActiveLoad:
             self.prefill_requests,
             self.decode_blocks,
             self.requests,
+            self.oldest_prefill,
             self.progress_at,
             self._at,
             self._prefilling,
@@ -92,7 +94,7 @@ class ActiveLoad:
             return
         self.version += 1
         self.position[worker] = len(self.workers)
-        row: tuple[Any, ...] = (worker, limits or WorkerLimits(), 0, 0, 0, 0, 0.0, {}, {}, NO_FOREIGN)
+        row: tuple[Any, ...] = (worker, limits or WorkerLimits(), 0, 0, 0, 0, 0, 0.0, {}, {}, NO_FOREIGN)
         for column, value in zip(self._columns(), row, strict=True):
             column.append(value)
 
@@ -143,15 +145,6 @@ class ActiveLoad:
         """By position: how many leading blocks active requests hold there already; only where there are any."""
         return self._paths.shared(sequence_hashes)
 
-    def oldest_prefill_tokens(self, position: int) -> int:
-        """Tokens of the prompt that the worker has had longest without a first token; 0 if there is none.
-
-        Engines compute prompts in order, so of all that is queued this one is partly done already.
-        """
-        for booking in self._prefilling[position].values():
-            return booking.new_tokens
-        return 0
-
     @property
     def idle(self) -> bool:
         """Whether nothing at all is booked: then every number is zero but for what others sent."""
@@ -191,6 +184,7 @@ class ActiveLoad:
         )
         self.bookings[request_id] = self._at[position][request_id] = booking
         if not self._prefilling[position]:
+            self.oldest_prefill[position] = new_tokens
             self.progress_at[position] = now
         self._prefilling[position][request_id] = booking
         self.decode_blocks[position] += fresh + private_blocks
@@ -209,7 +203,9 @@ class ActiveLoad:
 
     def _end_prefill(self, booking: Booking, position: int) -> None:
         booking.prefilling = False
-        del self._prefilling[position][booking.request_id]
+        waiting = self._prefilling[position]
+        del waiting[booking.request_id]
+        self.oldest_prefill[position] = next(iter(waiting.values())).new_tokens if waiting else 0
         self.prefill_tokens[position] -= booking.new_tokens
         self.prefill_requests[position] -= 1
 

@@ -121,14 +121,12 @@ class Fleet(Protocol):
     """Distinct KV blocks that active requests hold."""
     requests: list[int]
     """Active requests."""
+    oldest_prefill: list[int]
+    """Of the queued tokens, those of the prompt that the worker has had longest: engines compute it first."""
     progress_at: list[float]
     """When the worker last made a first token, or began with the prompt that it has had longest, if that is later."""
     version: int
     """Another number whenever positions have changed."""
-
-    def oldest_prefill_tokens(self, position: int) -> int:
-        """Tokens of the prompt that the worker has had longest without a first token; 0 if there is none."""
-        ...
 
 
 class Prefilled(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies.linear import LinearCost
 from dynamo.router.policies.lmetric import LMetric
 from dynamo.router.policies.policy import Policy
+from dynamo.router.policies.predicted import PredictedLatency
 from dynamo.router.policies.sticky import StickyUntilSaturated
 
 __all__ = ["POLICIES", "Policy", "make_policy"]
@@ -16,6 +17,7 @@ __all__ = ["POLICIES", "Policy", "make_policy"]
 POLICIES: dict[str, Callable[[KvRouterConfig], Policy]] = {
     "linear": LinearCost,
     "lmetric": LMetric,
+    "predicted": PredictedLatency,
     "sticky": StickyUntilSaturated,
 }
 
