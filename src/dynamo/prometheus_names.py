@@ -260,6 +260,15 @@ class kvrouter:
     KV_CACHE_EVENT_WARNINGS = "kv_cache_event_warnings"
 
 
+class kv_ingress:
+    """Sources of KV events as a router follows them (`dynamo_component_`)."""
+
+    BATCHES_TOTAL = "kv_zmq_ingress_batches_total"
+    LIFECYCLE_TOTAL = "kv_zmq_ingress_lifecycle_total"
+    SOURCES = "kv_zmq_ingress_sources"
+    INDEX_BLOCKS = "kv_index_blocks"
+
+
 class kv_publisher:
     """KV events on their way from an engine to the event plane (`dynamo_component_`)."""
 

@@ -101,13 +101,12 @@ async def test_adapters_and_salts_change_the_content_hash(runtime):
         assert [b.tokens_hash for b in event.event.data.stored.blocks] == expected
 
 
-async def test_what_was_published_is_kept_for_a_while(runtime, monkeypatch):
-    monkeypatch.setattr(module, "PAST_EVENTS", 3)
+async def test_what_was_published_is_kept_for_a_while(runtime):
     async with heard(runtime, "kv-events") as (publisher, _):
         publisher.publish([KvEventData(removed=Removed([i])) for i in range(5)])
         assert [e.event.event_id for e in publisher.events_from(3)] == [3, 4]
         assert publisher.events_from(5) == []
-        assert publisher.events_from(1) is None
+        assert publisher.events_from(6) is None
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,14 @@ class Reports:
         if block_size is None:
             return {}
         return {
-            rank: KvEventPublisher(self._endpoint, self._instance_id, block_size, rank, batching_timeout_ms=KV_BATCH_MS)
+            rank: KvEventPublisher(
+                self._endpoint,
+                self._instance_id,
+                block_size,
+                rank,
+                enable_local_indexer=True,
+                batching_timeout_ms=KV_BATCH_MS,
+            )
             for rank in self._ranks
         }
 

@@ -173,7 +173,7 @@ class EngineWorker:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 data_parallel_start_rank=config.data_parallel_start_rank,
                 data_parallel_size=config.data_parallel_size,
-                enable_local_indexer=False,
+                enable_local_indexer=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 kv_event_publishing_enabled=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 runtime_data=config.runtime_data,
             ),

@@ -20,12 +20,14 @@ from dynamo.llm.kv_events import (
     Stored,
     StoredBlock,
 )
+from dynamo.router.event_source import EventLog, EventSource
+from dynamo.router.recovery import KV_EVENTS_TOPIC
+from dynamo.router.types import WorkerKey
 from dynamo.runtime.component import Endpoint
-from dynamo.runtime.events import EventPublisher, create_publisher
+from dynamo.runtime.events import EventPublisher, create_publisher, new_publisher_id
 
-KV_EVENTS_TOPIC = "kv-events"
 KV_METRICS_TOPIC = "kv_metrics"
-PAST_EVENTS = 16_384  # events kept for routers that missed some; with one block each this is the mocker's whole cache
+EARLY_MESSAGES = 16_384  # kept while the socket is being opened, which takes milliseconds
 MAX_BATCH = 1024  # events in one message, however long it may wait for more
 _U64 = (1 << 64) - 1  # engines may give hashes as signed numbers
 
@@ -33,14 +35,18 @@ _U64 = (1 << 64) - 1  # engines may give hashes as signed numbers
 class _Channel:
     """A publisher on the event plane that is being opened; what is published meanwhile goes out first."""
 
-    def __init__(self, endpoint: Endpoint, topic: str) -> None:
+    def __init__(self, endpoint: Endpoint, topic: str, source: EventSource | None = None) -> None:
         self._publisher: EventPublisher | None = None
-        self._early: deque[object] = deque(maxlen=PAST_EVENTS)
-        self._closed = False
+        self._early: deque[object] = deque(maxlen=EARLY_MESSAGES)
+        self._source = source
         self._opening = asyncio.get_running_loop().create_task(self._open(endpoint, topic))
 
     async def _open(self, endpoint: Endpoint, topic: str) -> None:
-        self._publisher = await create_publisher(endpoint.runtime, endpoint, topic)
+        publisher_id = None
+        if self._source is not None:
+            await self._source.open()  # first, so that whoever hears the publisher can ask for what was before
+            publisher_id = self._source.publisher_id
+        self._publisher = await create_publisher(endpoint.runtime, endpoint, topic, publisher_id=publisher_id)
         while self._early:
             self._publisher.publish(self._early.popleft())
 
@@ -62,13 +68,16 @@ class _Channel:
         await asyncio.gather(self._opening, return_exceptions=True)
         if self._publisher is not None:
             await self._publisher.close()
+        if self._source is not None:
+            await self._source.close()
 
 
 class KvEventPublisher:
     """Publishes one rank's KV events, numbered from 0 by one for each rank of a worker.
 
     Events of one turn of the event loop leave as one message; with `batching_timeout_ms` those of that time do.
-    The last `PAST_EVENTS` are kept for routers that missed some. Needs a running event loop.
+    With `enable_local_indexer` the worker tells routers that missed some again, or all that it holds (facts row K16):
+    without it a router that missed an event starts anew with this worker. Needs a running event loop.
     """
 
     def __init__(
@@ -94,12 +103,16 @@ class KvEventPublisher:
         self.kv_block_size = kv_block_size
         self.dp_rank = dp_rank
         self._delay_s = (batching_timeout_ms or 0) / 1000
-        self._next_id = 0
-        self._past: deque[RouterEvent] = deque(maxlen=PAST_EVENTS)
+        self._log = EventLog()
+        self._source: EventSource | None = None
+        if enable_local_indexer:
+            worker = WorkerKey(self.worker_id, dp_rank)
+            self._source = EventSource(endpoint, KV_EVENTS_TOPIC, new_publisher_id(), worker, kv_block_size)
+            self._log = self._source.log
         self._batch: list[RouterEvent] = []
         self._timer: asyncio.Handle | None = None
         self._loop = asyncio.get_running_loop()
-        self._channel = _Channel(endpoint, KV_EVENTS_TOPIC)
+        self._channel = _Channel(endpoint, KV_EVENTS_TOPIC, self._source)
 
     async def ready(self) -> None:
         """Return once subscribers can find this publisher."""
@@ -109,10 +122,12 @@ class KvEventPublisher:
         """Publish changes in their order."""
         for change in changes:
             data: KvEventData | Literal["cleared"] = "cleared" if change.cleared else change
-            event = RouterEvent(self.worker_id, KvEvent(self._next_id, data, self.dp_rank), tier)
-            self._next_id += 1
+            event = RouterEvent(self.worker_id, KvEvent(self._log.next_event_id, data, self.dp_rank), tier)
             self._batch.append(event)
-            self._past.append(event)
+            if self._source is not None:
+                self._source.note(event)
+            else:
+                self._log.append(event)
         if len(self._batch) >= MAX_BATCH:
             self._flush()
         elif self._batch and self._timer is None:
@@ -178,10 +193,7 @@ class KvEventPublisher:
 
     def events_from(self, event_id: int) -> list[RouterEvent] | None:
         """Past events from `event_id` on; None if it is forgotten already, so that only a full account helps."""
-        oldest = self._past[0].event.event_id if self._past else self._next_id
-        if event_id < oldest:
-            return None
-        return [event for event in self._past if event.event.event_id >= event_id]
+        return self._log.since(event_id)
 
     def _flush(self) -> None:
         if self._timer is not None:

@@ -74,7 +74,10 @@ class RunTree:
             parent.children.add(run)
         ids = self.ids
         total = len(ids) + len(seqs)
-        ids.update(zip(seqs, repeat(run.id)))
+        if len(seqs) == 1:  # one decoded block: as frequent as all others together
+            ids[seqs[0]] = run.id
+        else:
+            ids.update(zip(seqs, repeat(run.id)))
         self._unswept -= total - len(ids)  # those that were there had lost their last holder
 
     def _add(self, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> Run:

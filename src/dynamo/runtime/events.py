@@ -9,6 +9,7 @@ The plane is `zmq` (`dynamo.runtime.zmq_channel`), by `DYN_EVENT_PLANE` or `Dist
 """
 
 import os
+import random
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
@@ -201,6 +202,14 @@ class EventSubscriber(Protocol):
 
     async def close(self) -> None:
         """Stop hearing; iteration ends. Safe to call twice."""
+
+
+MAX_PUBLISHER_ID: Final = 1 << 53  # so that JSON readers without integers keep it exact
+
+
+def new_publisher_id() -> int:
+    """An id that no other publisher has."""
+    return random.SystemRandom().randrange(1, MAX_PUBLISHER_ID)
 
 
 class HasEvents(Protocol):

@@ -6,7 +6,6 @@ subscriber; one that is further behind misses events until it reads again, and t
 
 import logging
 import os
-import random
 import threading
 import time
 from typing import Final, Self
@@ -18,7 +17,7 @@ from dynamo import prometheus_names as names
 from dynamo.runtime.address import join_host_port, split_host_port
 from dynamo.runtime.discovery import Discovery
 from dynamo.runtime.errors import CannotConnect, InvalidArgument
-from dynamo.runtime.events import Event, EventScope
+from dynamo.runtime.events import Event, EventScope, new_publisher_id
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.server import advertised_host
@@ -36,7 +35,6 @@ from dynamo.runtime.zmq_channel import (
 rarely = Rarely(logging.getLogger(__name__))
 
 LINGER_MS: Final = 500  # how long closing waits for the last events to leave
-MAX_PUBLISHER_ID: Final = 1 << 53  # so that JSON readers without integers keep it exact
 
 
 class ZmqPublisher:
@@ -84,7 +82,7 @@ class ZmqPublisher:
     ) -> Self:
         """Bind and enter discovery; see `dynamo.runtime.events.create_publisher`."""
         if publisher_id is None:
-            publisher_id = random.SystemRandom().randrange(1, MAX_PUBLISHER_ID)
+            publisher_id = new_publisher_id()
         if not 0 <= publisher_id < 1 << 64:
             raise ValueError(f"publisher_id {publisher_id} must be from 0 to 2**64 - 1")
         host = os.environ.get("DYN_EVENT_PLANE_HOST", "").strip().strip("[]") or "127.0.0.1"
