@@ -11,11 +11,12 @@ filled. Engines evict ends first, so holes are rare; they are counted apart and 
 
 import struct
 from array import array
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router.account import Account, HeldRun
 from dynamo.router.levels import Level, cut_at_holes
 from dynamo.router.run_tree import Run, RunTree, shared_length
 
@@ -29,25 +30,6 @@ H = TypeVar("H", bound=Hashable)
 
 class UnknownParentError(LookupError):
     """The holder does not hold the block that these blocks follow."""
-
-
-class HeldRun(NamedTuple):
-    """Blocks in a row. `parent` is the sequence hash before them."""
-
-    parent: int | None
-    sequence_hashes: list[int]
-    local_hashes: list[int]
-
-
-class Account(NamedTuple):
-    """All that a holder holds: what it reaches, each run after the one before it, without its holes."""
-
-    runs: list[HeldRun]
-    holes: frozenset[int]
-    names: dict[int, int] | None
-    """Sequence hash -> what its engine calls the block; None if the names are the hashes."""
-    more_names: dict[int, list[int]]
-    """Sequence hash -> further names, for blocks that have any."""
 
 
 class _Slot(Generic[H]):
@@ -282,6 +264,20 @@ class BlockIndex(Generic[H]):
             self.sweep(2 * count + MIN_SWEPT)
         return added
 
+    def hold(self, holder: H, seqs: list[int]) -> int:
+        """A holder has the blocks of these sequence hashes, of a prompt from its start. Returns how many are new to it.
+
+        For an index without names, contents and holes: `shorten` undoes it.
+        """
+        if not seqs:
+            return 0
+        slot = self._slot(holder)
+        added = len(seqs) - self._reach(slot, None, seqs, [])
+        slot.blocks += added
+        if self._tree.left:
+            self.sweep(2 * len(seqs) + MIN_SWEPT)
+        return added
+
     def _reach(self, slot: _Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
         """Let a holder reach `seqs`. Returns the position from which on they are new to it."""
         tree, bit = self._tree, slot.bit
@@ -321,6 +317,28 @@ class BlockIndex(Generic[H]):
                 self._dig(slot, hole)
             ancestor = ancestor.parent
         return run
+
+    def shorten(self, holder: H, end: int, limit: int, ends: Container[int]) -> int | None:
+        """Drop a holder's block `end` and those before it, until something else follows or one of `ends` is reached.
+
+        Drops at most `limit`; returns the block that would have been next then, else None.
+        """
+        slot, tree = self._slots.get(holder), self._tree
+        run = tree.run_of(end)
+        if slot is None:
+            return None
+        while run.mask & slot.bit and run.seqs[-1] == end and not run.any_child_reached(slot.bit):
+            if limit <= 0:
+                return end
+            limit -= 1
+            slot.blocks -= 1
+            run = tree.drop_last(run, slot.bit)
+            if not run.mask & slot.bit:
+                break
+            end = run.seqs[-1]
+            if end in ends:
+                break
+        return None
 
     # --- names
 

@@ -10,14 +10,13 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any, NamedTuple
 
-from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, StoredBlock
-from dynamo.router.block_index import Account, BlockIndex, UnknownParentError
+from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored
+from dynamo.router.account import dumped
+from dynamo.router.block_index import BlockIndex, UnknownParentError
 from dynamo.router.levels import Level
 from dynamo.router.types import Overlap, WorkerKey
 
 LOWER_TIERS: tuple[StorageTier, ...] = ("host_pinned", "disk", "external")  # nearest first
-_U64 = (1 << 64) - 1
-DUMPED_BLOCKS = 1024  # at most so many in one event of a dump: about 50 KB
 
 
 class LowerTier(NamedTuple):
@@ -199,45 +198,8 @@ class TierIndex:
         Raises ValueError for an index that keeps no contents.
         """
         accounts = [(_tier(place), self.index.account(place)) for place in self._places(worker)]
-        return chain.from_iterable(_dumped(tier, account) for tier, account in accounts)
+        return chain.from_iterable(dumped(tier, account) for tier, account in accounts)
 
 
 def _tier(place: Holder) -> StorageTier:
     return place.tier if isinstance(place, LowerTier) else "device"
-
-
-def _dumped(tier: StorageTier, account: Account) -> Iterator[tuple[StorageTier, KvEventData]]:
-    # A hole is stored like what is around it, under a name that is free, and removed at the end.
-    hole_names = _free_names(account)
-    names = {} if account.names is None else account.names | hole_names
-    for run in account.runs:
-        parent = None if run.parent is None else names.get(run.parent, run.parent)
-        for start in range(0, len(run.sequence_hashes), DUMPED_BLOCKS):
-            seqs = run.sequence_hashes[start : start + DUMPED_BLOCKS]
-            contents = run.local_hashes[start : start + DUMPED_BLOCKS]
-            called = [names.get(seq, seq) for seq in seqs] if names else seqs
-            blocks = [StoredBlock(*block) for block in zip(called, contents, strict=True)]
-            yield tier, KvEventData(stored=Stored(blocks, parent))
-            if account.more_names:
-                parents = [parent, *called]
-                for i, seq in enumerate(seqs):
-                    for name in account.more_names.get(seq, ()):
-                        yield tier, KvEventData(stored=Stored([StoredBlock(name, contents[i])], parents[i]))
-            parent = called[-1]
-    if account.holes:
-        yield tier, KvEventData(removed=Removed(list(hole_names.values())))
-
-
-def _free_names(account: Account) -> dict[int, int]:
-    """Sequence hash -> a name for each hole: the hash itself, unless something else is called so."""
-    if account.names is None:
-        return {hole: hole for hole in account.holes}
-    taken = {*account.names.values(), *chain.from_iterable(account.more_names.values())}
-    chosen: dict[int, int] = {}
-    for hole in account.holes:
-        name = hole
-        while name in taken:
-            name = (name + 1) & _U64
-        chosen[hole] = name
-        taken.add(name)
-    return chosen
