@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 import time
 from typing import Any
@@ -278,6 +279,23 @@ async def test_load_counts_waiting_requests_and_pending_prompts(running: Running
     assert running.seen.loads[-1].active_prefill_tokens == 0
 
 
+async def test_vllms_own_metrics_count_every_token_once(running: Running) -> None:
+    wanted = request(words(62, 3), stop_conditions={"max_tokens": 50, "ignore_eos": True})
+    before = vllm_counts(running)
+    for i in range(3):
+        running.engine.submit(f"counted-{i}", wanted)
+    for i in range(3):
+        await running.seen.answer(f"counted-{i}")
+    await running.seen.until(lambda: running.seen.loads[-1].running_requests == 0)
+    grown = {name: value - before.get(name, 0.0) for name, value in vllm_counts(running).items()}
+    assert grown["vllm:generation_tokens_total"] == 150
+    assert grown["vllm:prompt_tokens_total"] == 9
+    assert grown["vllm:time_to_first_token_seconds_count"] == 3
+    assert grown["vllm:inter_token_latency_seconds_count"] == 147
+    assert grown["vllm:iteration_tokens_total_sum"] == 159
+    assert grown["vllm:e2e_request_latency_seconds_count"] == 3
+
+
 async def test_the_config_tells_what_the_router_needs(running: Running) -> None:
     config = running.config
     assert (config.context_length, config.kv_cache_block_size, config.max_num_seqs) == (2048, BLOCK, 32)
@@ -334,6 +352,16 @@ def cached(outputs: list[EngineOutput]) -> int | None:
     assert usage is not None
     assert usage.prompt_tokens_details is not None
     return usage.prompt_tokens_details.cached_tokens
+
+
+def vllm_counts(running: Running) -> dict[str, float]:
+    """vLLM's metrics by name, those with labels of their own added up."""
+    found: dict[str, float] = {}
+    for line in running.engine.prometheus_text().decode().splitlines():
+        if line.startswith("vllm:"):
+            name, value = re.split(r"\{.*\} | ", line)
+            found[name] = found.get(name, 0.0) + float(value)
+    return found
 
 
 def all_stored(running: Running) -> list[Any]:

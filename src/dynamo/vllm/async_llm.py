@@ -81,6 +81,9 @@ class AsyncLLMDriver:
             return await (self._engine.start_profile(*rest) if start else self._engine.stop_profile())
         return await getattr(self._engine, verb)(*args)
 
+    def flush_metrics(self) -> None:
+        """AsyncLLM keeps its own up to date."""
+
     async def stop(self) -> None:
         if self._stopped:
             return

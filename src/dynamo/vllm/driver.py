@@ -83,5 +83,8 @@ class Driver(Protocol):
         """Ask the engine for something beside requests: `profile`, `sleep`, `wake_up`, `reset_prefix_cache`,
         `add_lora`, `remove_lora`."""
 
+    def flush_metrics(self) -> None:
+        """Bring vLLM's own metrics up to date; somebody is about to read them."""
+
     async def stop(self) -> None:
         """End the engine's processes and free what they held. Safe to call twice, and while starting."""

@@ -22,6 +22,7 @@ from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.vllm.args import VllmOptions
 from dynamo.vllm.driver import SCRATCH_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
+from dynamo.vllm.vllm_metrics import prometheus_text
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,12 @@ class VllmEngine:
         from dynamo.vllm.controls import controls
 
         return controls(self._running(), self.vllm_config)
+
+    def prometheus_text(self) -> bytes:
+        """vLLM's own metrics, in Prometheus' text format."""
+        if self._driver is not None:
+            self._driver.flush_metrics()
+        return prometheus_text()
 
     @property
     def lora_names(self) -> list[str]:

@@ -22,7 +22,6 @@ from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm import args
 from dynamo.vllm.args import PROG, VllmOptions
-from dynamo.vllm.vllm_metrics import prometheus_text
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +70,7 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
     for route, callback in engine.controls().items():
         runtime.register_engine_route(route, callback)
     runtime.metrics.add_text_source(
-        prometheus_text, [("model", options.served_model_names[0]), ("dynamo_endpoint", worker_options.endpoint)]
+        engine.prometheus_text, [("model", options.served_model_names[0]), ("dynamo_endpoint", worker_options.endpoint)]
     )
     # vLLM and torch leave a million objects that live as long as the process; a full collection over them stops
     # every stream for 0.4 s.
