@@ -179,3 +179,25 @@ def test_a_dump_is_of_its_moment():
     dump = index.dump(ONE)
     index.clear(ONE)
     assert len(list(dump)) == 1
+
+
+def test_two_thousand_workers_that_join_and_leave_at_once_leave_nothing_behind():
+    index, path = TierIndex(), list(range(40))
+    seqs = sequence_hashes(path)
+    for _ in range(2):
+        for i in range(2000):
+            worker, length = WorkerKey(i), 20 + i % 20
+            index.apply(worker, "device", stored(seqs[:length], path[:length]))
+            own = [*path[:20], 10_000 + i]
+            index.apply(worker, "device", stored(sequence_hashes(own)[20:], own[20:], seqs[19]))
+        found = index.find(seqs)
+        assert len(found) == 2000
+        assert found[WorkerKey(7)] == Overlap(27)
+        for i in range(2000):
+            index.remove_worker(WorkerKey(i))
+        assert index.find(seqs) == {}
+        assert len(index) == 0
+    while index.sweep(10_000):
+        pass
+    assert not index.index._tree.ids
+    assert not index.workers()

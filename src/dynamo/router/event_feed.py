@@ -38,6 +38,8 @@ TICK_S = 0.5
 QUIET_S = 1.5  # a worker that says nothing for this long is asked once whether that was all
 SOURCE_GRACE_S = 2.0  # a publisher's source may show in discovery this much later than its first event
 RESYNC_S = 60.0  # a worker whose events contradict what is known of it is asked for everything at most this often
+HEARING_S = 1.0  # for a connection to a publisher; it takes milliseconds
+POLL_S = 0.01
 RETRY_S = 0.2  # before a worker that could not be asked is asked again; doubles up to ...
 RETRY_MAX_S = 10.0  # ... this, by when a dead worker has left discovery
 ASKED_AT_ONCE = 16  # workers; a thousand that join together are known after a few seconds
@@ -401,6 +403,8 @@ class KvEventFeed:
 
     async def _recover_until_known(self, publisher: _Publisher, stream: EventStream) -> None:
         delay = RETRY_S
+        if stream.expected is None:
+            await self._hearing(publisher)
         while not stream.closed:
             try:
                 if await self._ask_and_apply(publisher, stream):
@@ -419,6 +423,15 @@ class KvEventFeed:
                 return
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, RETRY_MAX_S)
+
+    async def _hearing(self, publisher: _Publisher) -> None:
+        """Wait a little until a publisher's events come here: what it says before that would be missing again."""
+        deadline = self._loop.time() + HEARING_S
+        while self._loop.time() < deadline:
+            if self._subscriber is not None and self._subscriber.publishers.get(publisher.id):
+                await asyncio.sleep(POLL_S)  # until ZeroMQ has taken note of the subscription
+                return
+            await asyncio.sleep(POLL_S)
 
     async def _ask_and_apply(self, publisher: _Publisher, stream: EventStream) -> bool:
         target = publisher.target
