@@ -3,7 +3,10 @@
 import asyncio
 import json
 
+import msgspec
 from front_door import CHAT, COMPLETIONS, Served, StartFrontend, StartWorker, Wire, ask, chat, model_ready
+
+from dynamo.frontend.bodies import ChatCompletionChunk, Completion
 
 
 async def test_a_chat_stream_has_role_then_text_then_finish_then_done(served: Served) -> None:
@@ -19,6 +22,17 @@ async def test_a_chat_stream_has_role_then_text_then_finish_then_done(served: Se
     assert answer.events()[-1] == "data: [DONE]"
     assert {chunk["id"] for chunk in chunks} == {chunks[0]["id"]}
     assert all(chunk["object"] == "chat.completion.chunk" and chunk["model"] == "tiny" for chunk in chunks)
+
+
+async def test_events_have_the_described_form(served: Served) -> None:
+    service, worker = served
+    worker.auto = "one two three"
+    for path, body, kind in (
+        (CHAT, chat(stream=True), ChatCompletionChunk),
+        (COMPLETIONS, {"model": "tiny", "prompt": "a", "stream": True}, Completion),
+    ):
+        for event in (await ask(service.port, path, body)).events()[:-1]:
+            msgspec.json.decode(event.removeprefix("data: "), type=kind)
 
 
 async def test_text_is_escaped_as_json(served: Served) -> None:

@@ -3,7 +3,7 @@
 import msgspec
 from front_door import CHAT, COMPLETIONS, Served, StartFrontend, StartWorker, Wire, ask, chat, fetch, model_ready
 
-from dynamo.frontend.openapi import ChatCompletion, Completion, Health, Live, ModelList, ModelObject, Readiness
+from dynamo.frontend.bodies import ChatCompletion, Completion, Health, Live, ModelList, ModelObject, Readiness
 
 
 async def test_a_chat_answer_has_the_described_form(served: Served) -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from dynamo.frontend.args import Limits
+from dynamo.frontend.bodies import CachedTokens, Usage
 from dynamo.frontend.errors import error_answer
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
 from dynamo.frontend.server import HttpConnection, Sent
-from dynamo.frontend.sse import usage_body
 from dynamo.llm.output import TextDelta
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import Cancelled, ConnectionTimeout, DynamoException
@@ -174,13 +175,14 @@ class Answer(ABC):
                 total = (total or 0) + count
         return total
 
-    def usage(self) -> dict[str, Any]:
-        """Token counts so far."""
+    def usage(self) -> Usage:
+        """Token counts so far; the cached part is there when an engine told it."""
         prompt = completion = 0
         for stream in self.streams:
             prompt += stream.prompt_tokens
             completion += stream.completion_tokens
-        return usage_body(prompt, completion, self.cached_tokens)
+        cached = self.cached_tokens
+        return Usage(prompt, completion, prompt + completion, UNSET if cached is None else CachedTokens(cached))
 
     def worker_fields(self) -> dict[str, Any]:
         """The `worker_id` object of nvext [N12]: which worker did the prefill, which the decode."""

@@ -46,7 +46,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     overload_status: int = 529
     fd_limit_target: int = 65536
     force_include_usage: bool = False
-    nvext_disabled: bool = False
     metadata_header: str | None = None
 
     @classmethod
@@ -64,7 +63,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             overload_status=_overload_status(overload or "529"),
             fd_limit_target=int(env_number("DYN_FRONTEND_FD_LIMIT_TARGET", 65536)),
             force_include_usage=env_bool("DYN_ENABLE_FORCE_INCLUDE_USAGE", default=False),
-            nvext_disabled=env_bool("DYN_DISABLE_FRONTEND_NVEXT", default=False),
             metadata_header=os.environ.get("DYN_METADATA_HEADER") or None,
         )
         for name, value, least in (

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from dynamo.frontend.bodies import ErrorBody, ErrorObject
 from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
@@ -140,19 +141,10 @@ def error_answer(error: BaseException, overload_status: int = OVERLOADED) -> Err
         message = "internal error; the server's log has the details"
     code = getattr(error, "code", None)  # OpenAI's word, except that HttpError's is its status
     phrase = reason_phrase(status)
-    body = msgspec.json.encode(
-        {
-            "error": {
-                "message": message,
-                "type": kind.openai_type,
-                "param": getattr(error, "param", None),
-                "code": code if isinstance(code, str) else kind.error_type,
-            },
-            "message": message,
-            "type": phrase,
-            "code": status,
-        }
+    told = ErrorObject(
+        message, kind.openai_type, getattr(error, "param", None), code if isinstance(code, str) else kind.error_type
     )
+    body = msgspec.json.encode(ErrorBody(told, message, phrase, status))
     headers: list[tuple[str, str]] = []
     if isinstance(error, RequestRefused) and error.allow:
         headers.append(("Allow", error.allow))

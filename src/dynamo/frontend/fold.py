@@ -6,6 +6,7 @@ For an answer in one body, and for what collects while a client does not read.
 from collections.abc import Sequence
 from typing import Any
 
+from dynamo.frontend.bodies import ToolCall, ToolFunction
 from dynamo.llm.logprobs import ChatLogprobs, CompletionLogprobs
 from dynamo.llm.output import TextDelta
 from dynamo.llm.protocols.engine import EngineOutput
@@ -81,13 +82,14 @@ def merged_logprobs(pieces: Sequence[Logprobs]) -> Logprobs | None:
     return merged
 
 
-def whole_calls(deltas: Sequence[ToolCallDelta]) -> list[dict[str, Any]]:
+def whole_calls(deltas: Sequence[ToolCallDelta]) -> list[ToolCall]:
     """Tool calls put together from their pieces, in order."""
-    calls: dict[int, dict[str, Any]] = {}
+    calls: dict[int, ToolCall] = {}
     for delta in deltas:
-        empty = {"id": None, "type": "function", "function": {"name": None, "arguments": ""}}
-        call = calls.setdefault(delta.index, empty)
-        call["id"] = delta.id or call["id"]
-        call["function"]["name"] = delta.function.name or call["function"]["name"]
-        call["function"]["arguments"] += delta.function.arguments
+        call = calls.get(delta.index)
+        if call is None:
+            call = calls[delta.index] = ToolCall(None, "function", ToolFunction(None, ""))
+        call.id = delta.id or call.id
+        call.function.name = delta.function.name or call.function.name
+        call.function.arguments += delta.function.arguments
     return [calls[index] for index in sorted(calls)]

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dynamo.frontend.bodies import ModelObject
 from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.metrics import MODEL_FACTS, FrontendMetrics
 from dynamo.frontend.worker_set import SetKey, WorkerSet, set_key
@@ -110,15 +111,9 @@ class Model:
             entry["missing_worker_types"] = sorted({*entry["missing_worker_types"], *self._missing(worker_set)})
         return {"model": self.name, "ready": bool(ready), "namespaces": namespaces}
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> ModelObject:
         """One entry of `/v1/models` [A3]."""
-        return {
-            "id": self.name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": "nvidia",
-            "context_window": self.context_length or 0,
-        }
+        return ModelObject(self.name, "model", self.created, "nvidia", self.context_length or 0)
 
 
 class ModelRegistry:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from dynamo.frontend.bodies import Usage
 from dynamo.llm.output import TextDelta
 
 DONE = b"data: [DONE]\n\n"
@@ -77,7 +78,7 @@ class ChunkForm:
     def chunk(
         self,
         choices: list[dict[str, Any]],
-        usage: dict[str, Any] | None = None,
+        usage: Usage | None = None,
         nvext: dict[str, Any] | None = None,
     ) -> bytes:
         """A whole event."""
@@ -87,15 +88,3 @@ class ChunkForm:
         if nvext:
             body["nvext"] = nvext
         return b"data: " + _encode(body) + b"\n\n"
-
-
-def usage_body(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """OpenAI's `usage` object; the cached part is there when the engine told it."""
-    usage: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-    if cached_tokens is not None:
-        usage["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
-    return usage

@@ -6,10 +6,12 @@ The pieces of every choice are kept and joined at the end; the answer leaves in 
 from typing import Any
 
 from aiohttp import web
+from msgspec import UNSET
 
 from dynamo.frontend import sse
 from dynamo.frontend.answer import Answer, AnswerPlan
 from dynamo.frontend.args import Limits
+from dynamo.frontend.bodies import ChatChoice, ChatCompletion, ChatMessage, Completion, TextChoice
 from dynamo.frontend.fold import Fold, whole_calls
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
 from dynamo.frontend.server import answer
@@ -52,19 +54,38 @@ class UnaryAnswer(Answer):
 
     def complete(self) -> None:
         self.closed = True
+        body = self._chat_body() if self.plan.chat else self._completion_body()
+        self.resolve(answer(self.request, 200, sse.json_bytes(body), headers=self.plan.headers))
+
+    def _chat_body(self) -> ChatCompletion:
         plan = self.plan
-        form = _chat_choice if plan.chat else _completion_choice
-        body: dict[str, Any] = {
-            "id": plan.response_id,
-            "choices": [form(number, choice) for number, choice in enumerate(self._choices)],
-            "created": plan.created,
-            "model": plan.model,
-            "object": "chat.completion" if plan.chat else "text_completion",
-            "usage": self.usage(),
-        }
-        if plan.extra_fields:
-            body["nvext"] = self._nvext()
-        self.resolve(answer(self.request, 200, sse.json_bytes(body), headers=plan.headers))
+        return ChatCompletion(
+            plan.response_id,
+            "chat.completion",
+            plan.created,
+            plan.model,
+            [
+                ChatChoice(number, _message(choice), choice.finish_reason, choice.logprobs)  # type: ignore[arg-type]
+                for number, choice in enumerate(self._choices)
+            ],
+            self.usage(),
+            self._nvext() if plan.extra_fields else UNSET,
+        )
+
+    def _completion_body(self) -> Completion:
+        plan = self.plan
+        return Completion(
+            plan.response_id,
+            "text_completion",
+            plan.created,
+            plan.model,
+            [
+                TextChoice(choice.text, number, choice.finish_reason, choice.logprobs)  # type: ignore[arg-type]
+                for number, choice in enumerate(self._choices)
+            ],
+            self.usage(),
+            self._nvext() if plan.extra_fields else UNSET,
+        )
 
     def _nvext(self) -> dict[str, Any]:
         """The extension object [N9][N12]. Facts about a choice are lists where there is more than one."""
@@ -84,24 +105,8 @@ class UnaryAnswer(Answer):
         return fields
 
 
-def _chat_choice(number: int, choice: Fold) -> dict[str, Any]:
-    calls = whole_calls(choice.tool_calls) if choice.tool_calls else []
+def _message(choice: Fold) -> ChatMessage:
     text = choice.text
-    message: dict[str, Any] = {"content": None if calls and not text else text, "refusal": None, "role": "assistant"}
-    if calls:
-        message["tool_calls"] = calls
-    return {
-        "index": number,
-        "message": message,
-        "finish_reason": choice.finish_reason,
-        "logprobs": choice.logprobs,
-    }
-
-
-def _completion_choice(number: int, choice: Fold) -> dict[str, Any]:
-    return {
-        "text": choice.text,
-        "index": number,
-        "logprobs": choice.logprobs,
-        "finish_reason": choice.finish_reason,
-    }
+    if not choice.tool_calls:
+        return ChatMessage("assistant", text, None)
+    return ChatMessage("assistant", text or None, None, whole_calls(choice.tool_calls))
