@@ -17,6 +17,9 @@ from dynamo.runtime.errors import DynamoException
 TRIAL_TIMEOUT_S = 60.0  # for one token; a busy server lets it wait behind others
 
 
+_ASKED_FOR = "asked for (--mode openai); routers see no tokens, so they balance by load"
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`dialect` and `directory` are set where tokens are sent; `warnings` are what the operator must know."""
@@ -49,16 +52,18 @@ async def make_plan(server: OpenAIServer, facts: ServerFacts, options: AttachOpt
         CannotSendTokens: `--mode tokens` was asked for and cannot be.
         CannotConnect, Disconnected, ConnectionTimeout: the server does not answer.
     """
-    if options.mode == "openai":
-        return Plan("asked for (--mode openai); routers see no tokens, so they balance by load")
     dialect: Dialect | None = None
     try:
         dialect = await _try_dialects(server, facts)
+        if options.mode == "openai":
+            return Plan(_ASKED_FOR, offers_tokens=dialect.name)
         directory = await _directory(facts, options)
         agreement = await compare(server, facts.model, directory, options.worker.custom_jinja_template)
         if agreement.differs:
             raise CannotSendTokens(agreement.differs)
     except CannotSendTokens as e:
+        if options.mode == "openai":
+            return Plan(_ASKED_FOR)
         if options.mode == "tokens":
             raise CannotSendTokens(f"--mode tokens: {e}") from None
         why = f"{e}; requests pass through as they are, and routers balance by load"
