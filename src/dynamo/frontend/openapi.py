@@ -7,7 +7,7 @@ from those that answers are encoded from.
 import html
 from collections.abc import Mapping
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -61,6 +61,19 @@ _ERRORS = {
     504: "The worker was silent for too long",
     529: "Overloaded: every worker is full",
 }
+
+
+class Description(NamedTuple):
+    """The description as it is served: JSON for programs, HTML for people."""
+
+    document: bytes
+    page: bytes
+
+
+def describe(paths: Mapping[str, str], overload_status: int) -> Description:
+    """Describe the service. `paths` are the paths of the routes by their short names (`dynamo.frontend.app.paths`)."""
+    found = document(paths, overload_status)
+    return Description(msgspec.json.encode(found), page(found))
 
 
 def _schemas() -> dict[str, Any]:
@@ -128,7 +141,7 @@ def _page(summary: str, tag: str, content: dict[str, Any], errors: tuple[int, ..
 
 
 def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, Any]:
-    """The OpenAPI document. `paths` are the paths of the routes by their short names (`dynamo.frontend.app.paths`)."""
+    """The OpenAPI document. See `describe`."""
     text = {"text/plain": {"schema": {"type": "string"}}}
     overload = overload_status if overload_status in _ERRORS else 529
     health = _page("Health of the service", "system", _json("Health"))
@@ -156,11 +169,6 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
         },
         "components": {"schemas": _schemas()},
     }
-
-
-def json_document(doc: dict[str, Any]) -> bytes:
-    """The document as it is served."""
-    return msgspec.json.encode(doc)
 
 
 def page(doc: dict[str, Any]) -> bytes:

@@ -1,6 +1,8 @@
 """Is the frontend alive, who is behind it, what has it counted, and what can it be asked?"""
 
-from typing import Any
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from aiohttp import web
@@ -10,16 +12,28 @@ from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import Sent, answer
 from dynamo.runtime.metrics import CONTENT_TYPE
 
+if TYPE_CHECKING:
+    from dynamo.frontend.openapi import Description
+
 
 class SystemRoutes:
     """The handlers of `/health`, `/live`, `/metrics`, `/openapi.json` and `/docs` [H5]."""
 
-    def __init__(self, models: ModelRegistry, metrics: FrontendMetrics, openapi: bytes, docs: bytes) -> None:
+    def __init__(
+        self, models: ModelRegistry, metrics: FrontendMetrics, path_of: Mapping[str, str], overload_status: int
+    ) -> None:
         self.draining = False
         self._models = models
         self._metrics = metrics
-        self._openapi = openapi
-        self._docs = docs
+        self._path_of = path_of
+        self._overload_status = overload_status
+
+    @cached_property
+    def _description(self) -> "Description":
+        """Made when somebody asks: it costs a tenth of a second, which no start needs to wait for."""
+        from dynamo.frontend.openapi import describe
+
+        return describe(self._path_of, self._overload_status)
 
     async def health(self, request: web.BaseRequest) -> Sent:
         """GET /health: 200 also without workers, so that the frontend may start first; 503 once it is leaving."""
@@ -47,8 +61,8 @@ class SystemRoutes:
 
     async def openapi(self, request: web.BaseRequest) -> Sent:
         """GET /openapi.json."""
-        return answer(request, 200, self._openapi)
+        return answer(request, 200, self._description.document)
 
     async def docs(self, request: web.BaseRequest) -> Sent:
         """GET /docs: the same for people."""
-        return answer(request, 200, self._docs, "text/html; charset=utf-8")
+        return answer(request, 200, self._description.page, "text/html; charset=utf-8")

@@ -5,7 +5,6 @@ import logging
 import resource
 import ssl
 
-from dynamo.frontend import openapi
 from dynamo.frontend.app import App, paths
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.metrics import FrontendMetrics
@@ -49,8 +48,7 @@ class FrontendService:
         )
         keep_alive_s = limits.sse_keep_alive_ms / 1e3
         self._watchdog = Watchdog(min(WATCH_INTERVAL_S, limits.stream_timeout_s / 4, (keep_alive_s or 4) / 4))
-        document = openapi.document(path_of, limits.overload_status)
-        self._system = SystemRoutes(self.models, self.metrics, openapi.json_document(document), openapi.page(document))
+        self._system = SystemRoutes(self.models, self.metrics, path_of, limits.overload_status)
         self._app = App(
             OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults),
             ModelRoutes(self.models),
