@@ -73,7 +73,7 @@ async def attach(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartAttach]:
         await runtime.close()
 
 
-@dataclass
+@dataclass(eq=False)
 class VllmServer:
     """A real vLLM OpenAI server, started as its users start it."""
 

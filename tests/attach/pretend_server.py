@@ -6,6 +6,7 @@ tested against vLLM itself.
 
 import asyncio
 import json
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ class PretendServer:
         self.in_flight = 0
         self.idle = asyncio.Event()
         self.port = 0
+        self.tls: ssl.SSLContext | None = None
         self._tokenizer = Tokenizer.load(directory)
         self._template = ChatTemplate.load(directory)
         self._runner: web.AppRunner | None = None
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def start(self) -> None:
         """Listen; on the same port as before, if there was one."""
@@ -69,7 +71,7 @@ class PretendServer:
             app.router.add_post(path, self._infer)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True, ssl_context=self.tls)
         await site.start()
         self.port = self._runner.addresses[0][1]
 

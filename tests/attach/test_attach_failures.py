@@ -4,7 +4,11 @@ import asyncio
 import contextlib
 import json
 import logging
+import shutil
+import ssl
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -142,6 +146,19 @@ async def test_a_restarted_server_is_a_new_worker(
         return len(ids) == 1 and ids != [before]
 
     await until(replaced)
+
+
+async def test_several_servers_at_one_address_are_named_and_do_not_flap(
+    server: PretendServer, frontend: FrontendService, attach: StartAttach, caplog: pytest.LogCaptureFixture
+) -> None:
+    await attach(server.url)
+    await served(frontend)
+    ids = {i.instance_id for s in frontend.models.sets() for i in s.instances()}
+    server.started -= 60  # the answer of an older process, as behind a load balancer
+    await until(lambda: "several servers answer" in caplog.text)
+    server.started += 60
+    await asyncio.sleep(0.5)
+    assert {i.instance_id for s in frontend.models.sets() for i in s.instances()} == ids
 
 
 async def test_a_server_that_is_not_there_yet_is_waited_for(
@@ -361,6 +378,40 @@ def shut_down(task: "asyncio.Task[int]") -> None:
     coroutine = task.get_coro()
     assert coroutine is not None
     coroutine.cr_frame.f_locals["runtime"].shutdown()  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, signed by itself, and its key."""
+    directory = tmp_path_factory.mktemp("tls")
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=server"]
+    words += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(words, check=True, capture_output=True)
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+@pytest.mark.parametrize("options", [{"tls_ca": True}, {"tls_verify": False}, {}])
+async def test_a_servers_certificate_is_checked_unless_told_otherwise(
+    server: PretendServer,
+    frontend: FrontendService,
+    attach: StartAttach,
+    certificate: tuple[Path, Path],
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+) -> None:
+    await server.stop()
+    server.tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.tls.load_cert_chain(*certificate)
+    await server.start()
+    if "tls_ca" in options:
+        options = {"tls_ca": str(certificate[0])}
+    await attach(server.url, **options)
+    if options:
+        await served(frontend)
+    else:
+        await until(lambda: "certificate" in caplog.text)
 
 
 async def test_prefix_caching_that_is_off_and_missing_events_are_said_loudly(

@@ -19,9 +19,11 @@ from dynamo.attach import plan
 from dynamo.attach.dialects import Dialect, dialects_of
 from dynamo.attach.load import read_metrics
 from dynamo.frontend.service import FrontendService
-from dynamo.llm.block_hash import compute_block_hash_for_seq
+from dynamo.llm.block_hash import compute_block_hash_for_seq, sequence_hashes
 from dynamo.llm.kv_events import LoadMetrics, RouterEvent
 from dynamo.llm.tokenizer import Tokenizer
+from dynamo.router.event_feed import KvEventFeed
+from dynamo.router.tier_index import TierIndex
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.events import EventSubscriber, create_subscriber
 
@@ -278,6 +280,33 @@ def second_server(
         yield server
     finally:
         stop_vllm(server)
+
+
+async def test_an_index_knows_which_of_two_servers_holds_a_prompt(
+    vllm_server: VllmServer,
+    second_server: VllmServer,
+    frontend: FrontendService,
+    attach: StartAttach,
+    runtime: DistributedRuntime,
+) -> None:
+    servers = {vllm_server: f"first {STORY}", second_server: f"second {STORY}"}
+    for server, prompt in servers.items():
+        await post(server.url, "/v1/completions", {"model": "tiny", "prompt": prompt, "max_tokens": 1})
+        await attach(server.url, kv_events=server.kv_events, kv_replay=server.kv_replay)
+    await served(frontend, 2)
+    feed = KvEventFeed(runtime, "dynamo.backend.generate", TierIndex(), BLOCK)
+    await feed.start()
+    try:
+        holders = []
+        for prompt in servers.values():
+            path = compute_block_hash_for_seq(Tokenizer.load(vllm_server.directory).encode(prompt, True), BLOCK)
+            await until(lambda path=path: len(feed.index.find(sequence_hashes(path))) == 1, 30)
+            (holder,) = feed.index.find(sequence_hashes(path)).items()
+            assert holder[1].device == len(path)
+            holders.append(holder[0])
+        assert len(set(holders)) == 2
+    finally:
+        await feed.close()
 
 
 async def test_a_killed_server_is_left_at_once_and_the_other_answers(

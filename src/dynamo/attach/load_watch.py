@@ -20,7 +20,7 @@ class LoadWatch:
     Args:
         report: gets each rank's load; its worker id is not set.
         prefill_tokens: prompt tokens of our requests that have no first token yet.
-        restarted: called if the server turns out to be another process than before.
+        began: hears when the server's process says that it began.
     """
 
     def __init__(
@@ -29,13 +29,13 @@ class LoadWatch:
         facts: ServerFacts,
         report: Callable[[LoadMetrics], None],
         prefill_tokens: Callable[[], int],
-        restarted: Callable[[], None],
+        began: Callable[[float | None], None],
     ) -> None:
         self._server = server
         self._facts = facts
         self._report = report
         self._prefill_tokens = prefill_tokens
-        self._restarted = restarted
+        self._began = began
         self._task = asyncio.get_running_loop().create_task(self._run(), name="server load")
 
     async def _run(self) -> None:
@@ -50,10 +50,7 @@ class LoadWatch:
         metrics = await fetch_metrics(self._server)
         if metrics is None:
             return
-        before = self._facts.started_at
-        if before is not None and metrics.started_at is not None and metrics.started_at != before:
-            self._restarted()
-            return
+        self._began(metrics.started_at)
         for rank, load in metrics.ranks.items():
             blocks = round(load.usage * (self._facts.total_blocks or 0))
             self._report(

@@ -28,16 +28,25 @@ class Monitor:
         self._suspected = asyncio.Event()
         self._restart: str | None = None
         self._refused: str | None = None
+        self._began_at: float | None = None
+        self._several = False
 
     def suspect(self, reason: str) -> None:
         """A request could not be served: look at once."""
         log.debug("suspecting the server: %s", reason)
         self._suspected.set()
 
-    def restarted(self) -> None:
-        """The server was found to be another process than before."""
-        self._restart = "the server was restarted"
-        self._suspected.set()
+    def process_began(self, began_at: float | None) -> None:
+        """The server's process says when it began (Unix time): later than before means that it was restarted."""
+        newest, self._began_at = self._began_at, max(began_at or 0.0, self._began_at or 0.0) or None
+        if began_at is None or newest is None or began_at == newest:
+            return
+        if began_at > newest:
+            self._restart = "the server was restarted"
+            self._suspected.set()
+        elif not self._several:
+            self._several = True
+            log.error("several servers answer at %s in turn: attach each of them by itself", self._server.url)
 
     async def until_down(self, identity: Identity) -> str:
         """Return why the server cannot be used any more. `identity` is what it must be."""
@@ -74,6 +83,8 @@ class Monitor:
                 self._complain(f"{e}; trying on every {INTERVAL_S:g} s")
             else:
                 self._refused = None
+                self.process_began(facts.started_at)
+                self._restart = None  # it is known as it is now
                 return facts
             await self._pause()
 

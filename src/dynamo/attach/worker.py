@@ -124,7 +124,7 @@ class TokenWorker(EngineWorker):
             attached.facts,
             self.on_load,
             lambda: self._tokens.prefill_tokens,
-            attached.monitor.restarted,
+            attached.monitor.process_began,
         )
         if attached.publishes_kv_events:
             # Only now: what is replayed before there is a publisher would be lost.
@@ -192,7 +192,7 @@ class BytesWorker:
             await self.leave("it could not be offered")
             raise
         self._load = LoadWatch(
-            attached.server, attached.facts, self._reports.load, lambda: 0, attached.monitor.restarted
+            attached.server, attached.facts, self._reports.load, lambda: 0, attached.monitor.process_began
         )
         return True
 
