@@ -44,8 +44,8 @@ def view(workers, tokens=160, override=None, batch=8192, now=0.0) -> View:
         request=RouteRequest(request_id="r", token_count=tokens, sequence_hashes=(), override=override),
         block_size=BLOCK,
         blocks=-(-tokens // BLOCK),
-        overlaps=overlaps,
-        shared_blocks={},
+        held=[(overlap, (i,)) for i, overlap in overlaps.items()],
+        shared=(),
         most_overlap=max((o.total for o in overlaps.values()), default=0),
         now=now,
     )

@@ -141,8 +141,11 @@ class ActiveLoad:
 
     # --- asking
 
-    def shared_blocks(self, sequence_hashes: Sequence[int]) -> dict[int, int]:
-        """By position: how many leading blocks active requests hold there already; only where there are any."""
+    def shared_blocks(self, sequence_hashes: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
+        """(blocks, positions): active requests hold at least so many leading blocks at these positions already.
+
+        Of several entries that a position is in, the last one counts. For reading now, not for keeping.
+        """
         return self._paths.shared(sequence_hashes)
 
     @property

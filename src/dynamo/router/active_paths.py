@@ -34,9 +34,13 @@ class ActivePaths:
         """Whether no path is left."""
         return not self._root.children
 
-    def shared(self, path: Sequence[int]) -> dict[int, int]:
-        """By worker position: how many leading blocks of `path` requests hold there; only where there are any."""
-        shared: dict[int, int] = {}
+    def shared(self, path: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
+        """(blocks, who): requests at these worker positions hold at least so many leading blocks of `path`.
+
+        Of several entries that a position is in, the last one counts: every set is part of the one before. The sets
+        are for reading now, not for keeping.
+        """
+        shared: list[tuple[int, dict[int, int]]] = []
         node, depth, length = self._root, 0, len(path)
         while depth < length:
             child = node.children.get(path[depth])
@@ -44,7 +48,10 @@ class ActivePaths:
                 break
             common = _common(child.blocks, path, depth)
             depth += common
-            shared.update(dict.fromkeys(child.counts, depth))  # deeper nodes have fewer positions, and the last word
+            if shared and len(shared[-1][1]) == len(child.counts):
+                shared[-1] = depth, child.counts
+            else:
+                shared.append((depth, child.counts))
             if common < len(child.blocks):
                 break
             node = child

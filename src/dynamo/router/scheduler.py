@@ -6,7 +6,7 @@ this. It brings together who holds what (`OverlapSource`), who is busy (`ActiveL
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,7 +27,6 @@ from dynamo.router.types import (
 )
 from dynamo.runtime.errors import WorkerUnavailable
 
-NO_OVERLAP = Overlap()
 GROUPS_KNOWN = 1024  # sets of workers whose positions are remembered; at 1,000 workers in each, 16 MB
 
 
@@ -85,8 +84,8 @@ class KvScheduler:
     def view(self, request: RouteRequest, now: float) -> View:
         """Everything a policy looks at, for one request."""
         hashes = request.sequence_hashes
-        overlaps, most = self._positions.overlaps(hashes, now)
-        shared: dict[int, int] = {}
+        held, most = self._positions.held(hashes, now)
+        shared: Sequence[tuple[int, Collection[int]]] = ()
         if self.config.router_track_active_blocks and self._assume_reuse(request):
             shared = self.load.shared_blocks(hashes)
         return View(
@@ -94,8 +93,8 @@ class KvScheduler:
             request=request,
             block_size=self.block_size,
             blocks=-(-request.token_count // self.block_size),
-            overlaps=overlaps,
-            shared_blocks=shared,
+            held=held,
+            shared=shared,
             most_overlap=most,
             now=now,
         )
@@ -112,7 +111,7 @@ class KvScheduler:
         if request.preferred_taints:
             costs = self._prefer(costs, request.preferred_taints)
         position, reason = self._choose(costs, eligible, self._temperature(request))
-        overlap = view.overlaps.get(position, NO_OVERLAP)
+        overlap = view.overlap(position)
         new_tokens = view.new_tokens(position)
         return Decision(
             worker=self.load.workers[position],
@@ -123,7 +122,9 @@ class KvScheduler:
             policy=self.policy.name,
             reason=reason,
             candidates=len(costs) if eligible is None else len(eligible),
-            best_overlap_blocks=view.most_overlap if eligible is None else _most(view.overlaps, eligible),
+            best_overlap_blocks=view.most_overlap
+            if eligible is None
+            else max(view.overlap(at).total for at in eligible),
             explanation=self._explain(view, costs, eligible, position, reason) if explain else None,
         )
 
@@ -239,7 +240,7 @@ class KvScheduler:
         return {
             **fleet.workers[position]._asdict(),
             "cost": round(costs[position], 3),
-            "overlap_blocks": view.overlaps.get(position, NO_OVERLAP)._asdict(),
+            "overlap_blocks": view.overlap(position)._asdict(),
             "new_tokens": view.new_tokens(position),
             "prefill_tokens": fleet.prefill_tokens[position],
             "decode_blocks": fleet.decode_blocks[position],
@@ -351,9 +352,10 @@ class KvScheduler:
         return stale
 
 
-def _most(overlaps: Mapping[int, Overlap], eligible: list[int]) -> int:
+def _most(view: View, eligible: list[int]) -> int:
     """The most blocks that any worker which may be chosen holds."""
-    return max((overlaps[at].total for at in eligible if at in overlaps), default=0)
+    totals = view.overlap_column(lambda overlap: overlap.total, 0)
+    return max(totals[at] for at in eligible)
 
 
 class _Positions:
@@ -367,25 +369,22 @@ class _Positions:
         self._version = load.version
         self._known: dict[int, tuple[Sequence[WorkerKey], tuple[int, ...]]] = {}
 
-    def overlaps(self, sequence_hashes: Sequence[int], now: float) -> tuple[dict[int, Overlap], int]:
-        """What each position holds, where it holds anything, and the most blocks that one does."""
-        overlaps: dict[int, Overlap] = {}
+    def held(self, sequence_hashes: Sequence[int], now: float) -> tuple[list[tuple[Overlap, Sequence[int]]], int]:
+        """What groups of positions hold, and the most blocks that one does."""
+        held: list[tuple[Overlap, Sequence[int]]] = []
         most = 0
         if self._groups is None:
             position = self._load.position.get
-            for worker, overlap in self._find(sequence_hashes, now).items():
-                at = position(worker)
-                if at is not None:
-                    overlaps[at] = overlap
-                    if overlap.total > most:
-                        most = overlap.total
-            return overlaps, most
-        for overlap, workers in self._groups(sequence_hashes, now):
-            positions = self._of(workers)
-            overlaps.update(dict.fromkeys(positions, overlap))
-            if positions and overlap.total > most:
-                most = overlap.total
-        return overlaps, most
+            found = self._find(sequence_hashes, now).items()
+            held = [(overlap, (at,)) for worker, overlap in found if (at := position(worker)) is not None]
+        else:
+            for overlap, workers in self._groups(sequence_hashes, now):
+                positions = self._of(workers)
+                if positions:
+                    held.append((overlap, positions))
+        for overlap, _ in held:
+            most = max(most, overlap.total)
+        return held, most
 
     def _of(self, workers: Sequence[WorkerKey]) -> tuple[int, ...]:
         if self._version != self._load.version or len(self._known) >= GROUPS_KNOWN:

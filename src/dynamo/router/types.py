@@ -5,12 +5,14 @@ keeps up to date, so that a decision costs a few list comprehensions and no obje
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from dynamo.runtime.errors import InvalidArgument
+
+Number = TypeVar("Number", int, float)
 
 DEFAULT_BATCH_TOKENS = 8192  # where a worker does not say max_num_batched_tokens: vLLM's default
 
@@ -37,6 +39,9 @@ class Overlap(NamedTuple):
     def total(self) -> int:
         """Blocks that need not be computed."""
         return self.device + self.host + self.disk
+
+
+NO_OVERLAP = Overlap()
 
 
 class WorkerLimits(msgspec.Struct, frozen=True):
@@ -155,30 +160,73 @@ class Decoded(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct):
-    """One request against the fleet, as a policy sees it. The maps name only positions with a number above zero."""
+    """One request against the fleet, as a policy sees it.
+
+    What workers hold comes in groups, so that a thousand workers that hold the same system prompt cost as much as one;
+    `..._column` methods give it by position.
+    """
 
     fleet: Fleet
     request: RouteRequest
     block_size: int
     blocks: int
     """Blocks the prompt fills, the last one perhaps in part."""
-    overlaps: dict[int, Overlap]
-    shared_blocks: dict[int, int]
-    """Of the prompt's blocks, how many active requests of that worker hold already."""
+    held: Sequence[tuple[Overlap, Collection[int]]]
+    """What the caches at these positions hold of the prompt; of several groups a position is in, the last counts."""
+    shared: Sequence[tuple[int, Collection[int]]]
+    """Of the prompt's blocks, how many active requests at these positions hold already; the last counts."""
     most_overlap: int
     """The most blocks that any worker holds."""
     now: float
 
+    def overlap(self, position: int) -> Overlap:
+        """What this worker's cache holds of the prompt."""
+        for overlap, positions in reversed(self.held):
+            if position in positions:
+                return overlap
+        return NO_OVERLAP
+
+    def overlap_column(self, value: Callable[[Overlap], Number], none: Number) -> list[Number]:
+        """By position, the value of what it holds; `none` where that is nothing."""
+        return _column(len(self.fleet.workers), ((value(held), at) for held, at in self.held), none)
+
     def new_tokens(self, position: int) -> int:
         """Prompt tokens this worker would have to compute: all but its cached blocks, and at least one."""
-        overlap = self.overlaps.get(position)
-        if overlap is None:
-            return self.request.token_count
-        return max(1, self.request.token_count - overlap.total * self.block_size)
+        return self._new_tokens(self.overlap(position))
+
+    def new_token_column(self) -> list[int]:
+        """`new_tokens` by position."""
+        return self.overlap_column(self._new_tokens, self.request.token_count)
+
+    def _new_tokens(self, overlap: Overlap) -> int:
+        held = overlap.device + overlap.host + overlap.disk
+        return max(1, self.request.token_count - held * self.block_size) if held else self.request.token_count
+
+    def shared_blocks(self, position: int) -> int:
+        """How many of the prompt's blocks active requests hold there already."""
+        for blocks, positions in reversed(self.shared):
+            if position in positions:
+                return blocks
+        return 0
+
+    def shared_block_column(self) -> list[int]:
+        """`shared_blocks` by position."""
+        return _column(len(self.fleet.workers), self.shared, 0)
 
     def potential_decode_blocks(self, position: int) -> int:
         """Distinct blocks that active requests would hold there if this one were added."""
-        return self.fleet.decode_blocks[position] + self.blocks - self.shared_blocks.get(position, 0)
+        return self.fleet.decode_blocks[position] + self.blocks - self.shared_blocks(position)
+
+
+def _column(length: int, groups: Iterable[tuple[Number, Collection[int]]], none: Number) -> list[Number]:
+    column = [none] * length
+    for value, positions in groups:
+        if len(positions) == length:
+            column = [value] * length
+        else:
+            for position in positions:
+                column[position] = value
+    return column
 
 
 class Decision(msgspec.Struct, kw_only=True):

@@ -55,30 +55,21 @@ class LinearCost(FixedPolicy):
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in blocks."""
         fleet, weights = view.fleet, self._weights_for(view)
-        scale, prefill_tokens = weights.scale, fleet.prefill_tokens
-        per_token = scale / view.block_size
+        per_token = weights.scale / view.block_size
         base = view.request.token_count * per_token + view.blocks
+        if weights.decay_rate or not weights.never_above_prefill:
+            saved = [self._saved(view, weights, i) for i in range(len(fleet.workers))]
+        else:
+            saved = view.overlap_column(weights.credited, 0.0)
+        if weights.scale != 1:
+            saved = [weights.scale * blocks for blocks in saved]
+        shared = view.shared_block_column()
+        columns = zip(fleet.prefill_tokens, fleet.decode_blocks, shared, saved, strict=True)
+        costs = [base + tokens * per_token + (blocks - together) - less for tokens, blocks, together, less in columns]
         if weights.per_request:
             costs = [
-                base + tokens * per_token + blocks + weights.per_request * requests
-                for tokens, blocks, requests in zip(prefill_tokens, fleet.decode_blocks, fleet.requests, strict=True)
+                cost + weights.per_request * requests for cost, requests in zip(costs, fleet.requests, strict=True)
             ]
-        else:
-            costs = [
-                base + tokens * per_token + blocks
-                for tokens, blocks in zip(prefill_tokens, fleet.decode_blocks, strict=True)
-            ]
-        for position, shared in view.shared_blocks.items():
-            costs[position] -= shared
-        if weights.decay_rate or not weights.never_above_prefill:
-            for position, overlap in view.overlaps.items():
-                costs[position] -= scale * self._saved(view, weights, position, overlap)
-            return costs
-        last, saved = None, 0.0
-        for position, overlap in view.overlaps.items():
-            if overlap is not last:  # equal overlaps follow each other
-                last, saved = overlap, scale * weights.credited(overlap)
-            costs[position] -= saved
         return costs
 
     def _weights_for(self, view: View) -> _Weights:
@@ -94,19 +85,19 @@ class LinearCost(FixedPolicy):
         return self._weights._replace(**{name: value for name, value in given.items() if value is not None})
 
     @staticmethod
-    def _saved(view: View, weights: _Weights, position: int, overlap: Overlap) -> float:
+    def _saved(view: View, weights: _Weights, position: int) -> float:
         queued, prompt = view.fleet.prefill_tokens, view.request.token_count
         decay = 1.0
         if weights.decay_rate:
             decay /= 1 + weights.decay_rate * (queued[position] - min(queued)) / max(1, prompt)
-        return min((queued[position] + prompt) / view.block_size, weights.credited(overlap, decay))
+        return min((queued[position] + prompt) / view.block_size, weights.credited(view.overlap(position), decay))
 
     def terms(self, view: View, position: int) -> dict[str, float]:
         """Blocks to prefill, the credit for overlap, blocks to decode."""
         fleet, weights = view.fleet, self._weights_for(view)
         return {
             "prefill_blocks": (fleet.prefill_tokens[position] + view.request.token_count) / view.block_size,
-            "overlap_credit": self._saved(view, weights, position, view.overlaps.get(position, Overlap())),
+            "overlap_credit": self._saved(view, weights, position),
             "potential_decode_blocks": view.potential_decode_blocks(position),
             "active_requests": fleet.requests[position],
         }

@@ -23,14 +23,8 @@ class LMetric(FixedPolicy):
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens times requests."""
-        queued, requests, prompt = view.fleet.prefill_tokens, view.fleet.requests, view.request.token_count
-        costs: list[float] = [(tokens + prompt) * (batch + 1) for tokens, batch in zip(queued, requests, strict=True)]
-        last, new = None, 0
-        for position, overlap in view.overlaps.items():
-            if overlap is not last:  # equal overlaps follow each other
-                last, new = overlap, view.new_tokens(position)
-            costs[position] = (queued[position] + new) * (requests[position] + 1)
-        return costs
+        columns = zip(view.fleet.prefill_tokens, view.new_token_column(), view.fleet.requests, strict=True)
+        return [(queued + new) * (batch + 1) for queued, new, batch in columns]
 
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The two factors."""

@@ -1,31 +1,31 @@
 """Where will the first token come soonest, and the tokens after it? Times are predicted, and learnt as they come.
 
-    cost = predicted seconds of computing prompts, until this one's turn is over
-         * (1 + active requests / 16)
-         * how much slower than the others the worker decodes
+    cost = tokens to compute until this prompt's turn is over * (active requests + 16)
+         * how many times longer than others the worker takes, for prompts and for output
 
 How long a prompt takes is a straight line over the tokens to compute, queued ones and new ones, learnt from the whole
-fleet; a worker that is plainly faster or slower than that has a pace of its own, for prompts and for output. The
-line starts from an ordinary GPU's, so no profile is needed. What is queued shrinks as time passes: engines work on the
-oldest prompt first, and how fast is just what is learnt.
+fleet; a worker that is plainly faster or slower than that has a pace of its own. The line starts from an ordinary
+GPU's, so no profile is needed. What is queued shrinks as time passes: engines work on the oldest prompt first, and how
+fast is just what is learnt.
 """
 
 from typing import ClassVar
 
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies.line import Line, Pace
-from dynamo.router.types import Decoded, Prefilled, View, WorkerKey
+from dynamo.router.types import Decoded, Fleet, Prefilled, View, WorkerKey
 
 FIRST_TOKEN_PRIOR = ((0.0, 0.03), (8192.0, 0.85))  # (tokens, seconds): 10,000 tokens a second after 30 ms
 BETWEEN_TOKENS_PRIOR = ((0.0, 0.015), (64.0, 0.03))  # (active requests, seconds)
 MAX_TOKEN_S = 0.01  # 100 tokens a second: no engine that is worth routing to is slower
 MIN_TOKEN_S = 1e-9  # it is divided by
 MAX_REQUEST_S = 0.1
-BATCH_THAT_DOUBLES = 16  # active requests; anything from 5 to 80 does about as well on traces, none at all does not
+ORDINARY = Pace()
+SOFTENING = 16  # requests; anything from 5 to 80 does about as well on traces, 0 (LMetric) and no batch at all do not
 
 
 class PredictedLatency:
-    """Seconds until the first token, weighed by how many share what comes after it."""
+    """Time until the first token, weighed by how many share what comes after it."""
 
     name: ClassVar[str] = "predicted"
     learns: ClassVar[bool] = True
@@ -39,67 +39,60 @@ class PredictedLatency:
         self._prefill_pace: dict[WorkerKey, Pace] = {}
         self._decode_pace: dict[WorkerKey, Pace] = {}
         self._version = -1
-        self._prefill: list[float] = []
-        self._both: list[float] = []
+        self._paces: list[float] | None = None
+        """By position; None while all are 1."""
 
     # --- choosing
 
     def costs(self, view: View) -> list[float]:
-        """One cost for each worker, in seconds."""
-        fleet = view.fleet
-        if fleet.version != self._version:
-            self._place(view)
-        now, prompt = view.now, view.request.token_count
-        token_s = max(self.first_token.slope, MIN_TOKEN_S)
-        share = token_s / BATCH_THAT_DOUBLES
-        costs = [
-            both
-            * share
-            * (requests + BATCH_THAT_DOUBLES)
-            * (queued - min(oldest, (now - since) / (token_s * pace)) + prompt)
+        """One cost for each worker, in tokens times requests: what matters is only which is lowest."""
+        fleet, now = view.fleet, view.now
+        rate = 1 / max(self.first_token.slope, MIN_TOKEN_S)
+        costs: list[float] = [
+            (batch + SOFTENING) * (queued + new - (oldest if (done := (now - since) * rate) > oldest else done))
             if queued
-            else both * share * (requests + BATCH_THAT_DOUBLES) * prompt
-            for both, pace, queued, oldest, since, requests in zip(
-                self._both,
-                self._prefill,
+            else (batch + SOFTENING) * new
+            for batch, queued, new, oldest, since in zip(
+                fleet.requests,
                 fleet.prefill_tokens,
+                view.new_token_column(),
                 fleet.oldest_prefill,
                 fleet.progress_at,
-                fleet.requests,
                 strict=True,
             )
         ]
-        requests, both = fleet.requests, self._both
-        last, saved = None, 0.0
-        for position, overlap in view.overlaps.items():
-            if overlap is not last:  # equal overlaps follow each other
-                last, saved = overlap, share * (prompt - view.new_tokens(position))
-            costs[position] -= both[position] * saved * (requests[position] + BATCH_THAT_DOUBLES)
+        if fleet.version != self._version:
+            self._place(fleet)
+        if self._paces is not None:
+            costs = [cost * pace for cost, pace in zip(costs, self._paces, strict=True)]
         return costs
 
-    def _place(self, view: View) -> None:
+    def _place(self, fleet: Fleet) -> None:
         """Put the paces into the order of positions."""
-        self._version = view.fleet.version
-        one = Pace()
-        self._prefill = [self._prefill_pace.get(worker, one).factor for worker in view.fleet.workers]
-        decode = [self._decode_pace.get(worker, one).factor for worker in view.fleet.workers]
-        self._both = [a * b for a, b in zip(self._prefill, decode, strict=True)]
+        self._version = fleet.version
+        self._paces = None
+        if any(pace.factor != 1 for paces in (self._prefill_pace, self._decode_pace) for pace in paces.values()):
+            self._paces = [self.pace(worker) for worker in fleet.workers]
+
+    def pace(self, worker: WorkerKey) -> float:
+        """How many times longer this worker takes, for prompts and for output together."""
+        return self._prefill_pace.get(worker, ORDINARY).factor * self._decode_pace.get(worker, ORDINARY).factor
 
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The predictions, and what they were made from."""
-        fleet, worker, one = view.fleet, view.fleet.workers[position], Pace()
-        pace = self._prefill_pace.get(worker, one).factor
-        slowness = self._decode_pace.get(worker, one).factor
-        token_s = max(self.first_token.slope, MIN_TOKEN_S) * pace
+        fleet, worker = view.fleet, view.fleet.workers[position]
+        prefill_pace = self._prefill_pace.get(worker, ORDINARY).factor
+        decode_pace = self._decode_pace.get(worker, ORDINARY).factor
+        token_s = max(self.first_token.slope, MIN_TOKEN_S)
         done = min(fleet.oldest_prefill[position], (view.now - fleet.progress_at[position]) / token_s)
         queued = fleet.prefill_tokens[position] - done if fleet.prefill_tokens[position] else 0
         return {
-            "predicted_ttft_s": self.first_token.height + token_s * (queued + view.new_tokens(position)),
-            "predicted_tpot_s": self.between_tokens.at(fleet.requests[position] + 1) * slowness,
+            "predicted_ttft_s": self.first_token.at(queued + view.new_tokens(position)) * prefill_pace,
+            "predicted_tpot_s": self.between_tokens.at(fleet.requests[position] + 1) * decode_pace,
             "queued_tokens": queued,
-            "batch_factor": 1 + fleet.requests[position] / BATCH_THAT_DOUBLES,
-            "prefill_pace": pace,
-            "decode_pace": slowness,
+            "batch": fleet.requests[position] + SOFTENING,
+            "prefill_pace": prefill_pace,
+            "decode_pace": decode_pace,
         }
 
     # --- learning

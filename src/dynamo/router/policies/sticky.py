@@ -25,16 +25,16 @@ class StickyUntilSaturated(FixedPolicy):
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens."""
-        queued, prompt = view.fleet.prefill_tokens, view.request.token_count
-        costs: list[float] = [float(tokens + prompt) for tokens in queued]
-        candidates: list[int] = []
-        last, new = None, 0
-        for position, overlap in view.overlaps.items():
-            if overlap is not last:  # equal overlaps follow each other
-                last, new = overlap, view.new_tokens(position)
-            costs[position] = queued[position] + new
-            if new <= (1 - MIN_HIT) * prompt and queued[position] < self._bound(view, position):
-                candidates.append(position)
+        queued, most_new = view.fleet.prefill_tokens, (1 - MIN_HIT) * view.request.token_count
+        new_tokens = view.new_token_column()
+        costs: list[float] = [tokens + new for tokens, new in zip(queued, new_tokens, strict=True)]
+        candidates = [
+            position
+            for overlap, positions in view.held
+            if view.request.token_count - overlap.total * view.block_size <= most_new
+            for position in positions
+            if new_tokens[position] <= most_new and queued[position] < self._bound(view, position)
+        ]
         if candidates:
             kept = {position: costs[position] for position in candidates}
             costs = [cost + NOT_STICKY for cost in costs]
