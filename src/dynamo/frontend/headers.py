@@ -4,14 +4,13 @@ Its id and trace, metadata that travels to the worker, and where it should go [A
 what the body says of the same thing.
 """
 
-import random
 import re
 from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
-from dynamo.runtime.context import Context
+from dynamo.runtime.context import Context, new_request_id
 from dynamo.runtime.errors import InvalidArgument
 
 MAX_U64 = 2**64 - 1
@@ -58,17 +57,10 @@ def relevant(headers: Iterable[tuple[str, str]], metadata_header: str | None = N
     return found
 
 
-def new_id() -> str:
-    """A random UUID (version 4) in its usual form. It names a request and keeps no secret."""
-    digits = f"{random.getrandbits(128):032x}"
-    variant = "89ab"[int(digits[16], 16) & 3]
-    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
-
-
 def request_id(found: Mapping[str, str]) -> str:
     """The client's `x-request-id` if it can be echoed safely, else a new id."""
     given = found.get("x-request-id")
-    return given if given and _REQUEST_ID.fullmatch(given) else new_id()
+    return given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def make_context(found: Mapping[str, str], metadata_header: str | None = None) -> Context:

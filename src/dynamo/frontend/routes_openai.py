@@ -35,8 +35,9 @@ from dynamo.llm.protocols.openai import (
     decode_chat,
     decode_completion,
 )
-from dynamo.runtime.context import Context
+from dynamo.runtime.context import Context, new_request_id
 from dynamo.runtime.errors import DynamoException, InvalidArgument
+from dynamo.runtime.tracing import SpanProxy, configure_tracing
 
 Decode = Callable[[bytes, RequestDefaults | None], ChatCompletionRequest | CompletionRequest]
 
@@ -62,6 +63,7 @@ class OpenAIRoutes:
         self._watchdog = watchdog
         self._defaults = defaults
         self._passthrough = PassThrough(metrics, limits, watchdog)
+        self._records_spans = configure_tracing()
 
     async def chat(self, request: web.BaseRequest) -> Sent:
         """POST /v1/chat/completions."""
@@ -105,6 +107,7 @@ class OpenAIRoutes:
         endpoint = "chat_completions" if is_chat else "completions"
         meter = RequestMeter(series, endpoint, "stream" if body.stream else "unary", received_at)
         answer: Answer | None = None
+        span: SpanProxy | None = None
         error_type = "cancelled"  # what it is if nothing below says otherwise: the task was cancelled
         try:
             if model is None:
@@ -114,7 +117,11 @@ class OpenAIRoutes:
             found = headers.relevant(request.headers.items(), self._limits.metadata_header)
             context = headers.make_context(found, self._limits.metadata_header)
             cast("HttpConnection", request.protocol).request_id = context.id()
-            prepared = await self._prepare(workers, body, found)
+            if self._records_spans:
+                span = context.record_span("http-request")
+                span.set_attribute("model", body.model)
+                span.set_attribute("endpoint", endpoint)
+            prepared = await self._prepare(workers, body, found, context)
             plan = self._plan(body, prepared, context, named_by_client="x-request-id" in found)
             answer = (StreamAnswer if body.stream else UnaryAnswer)(request, plan, meter, self._metrics, self._limits)
             sent = await self._run(answer, workers, prepared, context)
@@ -128,15 +135,23 @@ class OpenAIRoutes:
             meter.finish(error_type, None if answer is None else answer.cached_tokens)
             if answer is not None:
                 answer.release()
+            if span is not None:
+                span.set_status("error" if error_type else "ok", error_type or None)
+                span.close()
 
     async def _prepare(
-        self, workers: WorkerSet, body: ChatCompletionRequest | CompletionRequest, found: dict[str, str]
+        self,
+        workers: WorkerSet,
+        body: ChatCompletionRequest | CompletionRequest,
+        found: dict[str, str],
+        context: Context,
     ) -> list[Prepared]:
         """Template and tokenize: one entry a prompt."""
         metrics = self._metrics
         preprocessor = workers.preprocessor
         assert preprocessor is not None
         pins = headers.routing_pins(found) if found else None
+        span = context.start_span("preprocess") if self._records_spans else None
         start = perf_counter()
         metrics.preprocessing.value += 1
         try:
@@ -146,6 +161,8 @@ class OpenAIRoutes:
                 prepared = await preprocessor.completion(body)
         finally:
             metrics.preprocessing.value -= 1
+            if span is not None:
+                span.close()
         metrics.preprocess_seconds.observe(perf_counter() - start)
         if found:
             agent = headers.agent_context(found)
@@ -168,7 +185,7 @@ class OpenAIRoutes:
         ext, options = body.nvext, body.stream_options
         extra = _NOTHING if ext is None else self._extra_fields(ext.extra_fields, choices)
         wanted = ext.annotations if ext is not None and body.stream else None
-        own_id = headers.new_id() if named_by_client else context.id()
+        own_id = new_request_id() if named_by_client else context.id()
         return AnswerPlan(
             chat=chat,
             response_id=f"{'chatcmpl' if chat else 'cmpl'}-{own_id}",
