@@ -83,6 +83,19 @@ async def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
     wire.close()
 
 
+async def test_many_requests_may_wait_on_one_connection(served: Served) -> None:
+    service, worker = served
+    worker.auto = "x"
+    wire = await Wire.open(service.port)
+    for _ in range(100):
+        wire.get("/live")
+        wire.post(CHAT, chat("long " * 3000))
+    for _ in range(100):
+        assert (await wire.read()).json()["status"] == "live"
+        assert (await wire.read()).json()["choices"][0]["message"]["content"] == "x"
+    wire.close()
+
+
 async def test_http_1_0_gets_an_unframed_body_and_a_closed_connection(served: Served) -> None:
     service, worker = served
     worker.auto = "old"
