@@ -27,6 +27,7 @@ PROGRAMS = {
     "python -m dynamo.vllm": ["dynamo.vllm"],
     "python -m dynamo.mocker": ["dynamo.mocker"],
     "python -m dynamo.echo": ["dynamo.echo"],
+    "python -m dynamo.attach": ["dynamo.attach"],
 }
 HEAD = """\
 # Command lines
@@ -35,7 +36,7 @@ Written by `make docs` from the parsers; do not edit.
 
 An option's environment variable stands in brackets; the option wins over the variable, the variable over the default.
 An unknown option ends the program with status 2 and names the nearest known one. `dynamo frontend`, `dynamo vllm`,
-`dynamo mocker` and `dynamo echo` are the same as their `python -m` forms.
+`dynamo mocker`, `dynamo echo` and `dynamo attach` are the same as their `python -m` forms.
 """
 
 

@@ -15,8 +15,8 @@ import pytest
 from aiohttp import web
 from asking import chat, events, post, until
 from pretend_server import PretendServer
+from vllm_servers import StartAttach
 
-from conftest import StartAttach
 from dynamo.frontend.service import FrontendService
 
 CHAT = "/v1/chat/completions"

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 from asking import chat, post, text_of, until
 from pretend_server import PretendServer
+from vllm_servers import StartAttach
 
-from conftest import StartAttach
 from dynamo.attach.args import AttachOptions, parse_args, server_url
 from dynamo.attach.load import read_metrics
 from dynamo.attach.plan import CannotSendTokens, make_plan

@@ -13,8 +13,8 @@ import msgspec
 import openai
 import pytest
 from asking import chat, get, post, until
+from vllm_servers import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 
-from conftest import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 from dynamo.attach import plan
 from dynamo.attach.dialects import Dialect, dialects_of
 from dynamo.attach.load import read_metrics
