@@ -9,6 +9,7 @@ import pytest
 
 from dynamo.vllm import args, cpu
 from dynamo.vllm.engine import choose_driver
+from dynamo.vllm.main import why
 
 SMALL, LARGE = 13 * 2**20, 16 * 2**30
 
@@ -159,7 +160,25 @@ class TestVllmsOwnFlags:
         assert options.engine_args.dtype == "float32"
         assert options.engine_args.enable_prefix_caching is True
 
+    @pytest.mark.parametrize(("words", "length"), [((), -1), (("--max-model-len", "77"), 77)])
+    def test_the_context_is_fitted_to_the_cache_unless_it_was_asked_for(
+        self, words: tuple[str, ...], length: int, model_dir: Path
+    ) -> None:
+        options = self.options(*words)
+        args.settle(options, model_dir)
+        assert options.engine_args.max_model_len == length
+
     def test_a_dtype_that_was_asked_for_stays(self, model_dir: Path) -> None:
         options = self.options("--dtype", "bfloat16")
         args.settle(options, model_dir)
         assert options.engine_args.dtype == "bfloat16"
+
+    def test_why_vllm_does_not_start_is_one_line_without_pydantics_frame(self, model_dir: Path) -> None:
+        engine_args = self.options("--tensor-parallel-size", "0").engine_args
+        engine_args.model = str(model_dir)
+        with pytest.raises(ValueError) as refused:  # noqa: PT011 - pydantic's, whose text is what this is about
+            engine_args.create_engine_config()
+        assert "\n" in str(refused.value)
+        line = why(refused.value)
+        assert "\n" not in line
+        assert "pydantic" not in line

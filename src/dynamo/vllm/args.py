@@ -180,6 +180,8 @@ def settle(options: VllmOptions, model: Path) -> None:
     if "--enforce-eager" not in options.given and not cpu.has_compiler(os.environ):
         args.enforce_eager = True
         log.warning("there is no C++ compiler, so the model is not compiled (--enforce-eager); tokens take longer")
+    if "--max-model-len" not in options.given:
+        args.max_model_len = -1  # vLLM's word for: as much of the model's context as the KV cache holds
     workers = args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size
     cores = len(os.sched_getaffinity(0))
     settings = cpu.environment(cpu.weights_bytes(model), cores, workers, os.environ)

@@ -53,6 +53,9 @@ class AsyncLLMDriver:
         self._watch = asyncio.create_task(self._watch_health(), name="vllm-health")
 
     def _make(self) -> Any:
+        if hasattr(self._config.profiler_config, "ignore_frontend"):
+            # The engine is what is to be profiled; torch's profiler in this process has crashed it.
+            self._config.profiler_config.ignore_frontend = True
         return AsyncLLM(
             self._config,
             guard.guarded(Executor.get_class(self._config)),

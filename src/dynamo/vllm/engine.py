@@ -68,12 +68,20 @@ class VllmEngine:
         self._priorities = config.scheduler_config.policy == "priority"
         try:
             self._subscribe_kv_events(config)
+            context = config.model_config.max_model_len
             await self._driver.start(self)
         except BaseException:
             await self.stop()
             raise
         self._kv_blocks = config.cache_config.num_gpu_blocks or 0
         self._max_len = config.model_config.max_model_len
+        if self._max_len < context:
+            log.warning(
+                "the context is cut to %d of the model's %d tokens, which is what the KV cache holds; for more, give "
+                "it more memory (on a CPU: VLLM_CPU_KVCACHE_SPACE, in GiB)",
+                self._max_len,
+                context,
+            )
         log.info("vLLM is ready after %.1f s", time.monotonic() - started)
         return self._describe(config)
 

@@ -64,7 +64,7 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
     except (RuntimeError, ValueError) as e:
         if isinstance(e, DynamoException) or _is_ours(e):
             raise
-        raise ValueError(f"vLLM could not start with this model and these flags: {_last_line(e)}") from e
+        raise ValueError(f"vLLM could not start with this model and these flags: {why(e)}") from e
     for name in engine.lora_names:
         await _register_adapter(worker, worker_options, directory, name)
     for route, callback in engine.controls().items():
@@ -116,6 +116,16 @@ def _is_ours(error: BaseException) -> bool:
     return str(error).startswith(("--", "DYN_"))
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:500]
+def why(error: BaseException) -> str:
+    """The gist of an error from vLLM's start, on one line. Its configuration speaks in pydantic's paragraphs."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        found = []
+        for detail in details():
+            place = ".".join(str(part) for part in detail["loc"])
+            message = str(detail["msg"]).removeprefix("Value error, ").strip()
+            found.append(f"{place}: {message}" if place else message)
+        text = "; ".join(found)
+    else:
+        text = str(error)
+    return " ".join(text.split())[:1000] or type(error).__name__
