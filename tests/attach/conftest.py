@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pretend_server import PretendServer
-from vllm_servers import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 
 from dynamo.attach.args import AttachOptions
 from dynamo.attach.main import serve
@@ -16,6 +14,8 @@ from dynamo.engine.worker_args import WorkerOptions
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.service import FrontendService
 from dynamo.runtime import DistributedRuntime
+from tests.attach.pretend_server import PretendServer
+from tests.attach.vllm_servers import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from asking import chat, events, post, until
-from pretend_server import PretendServer
-from vllm_servers import StartAttach
 
 from dynamo.frontend.service import FrontendService
+from tests.attach.asking import chat, events, post, until
+from tests.attach.pretend_server import PretendServer
+from tests.attach.vllm_servers import StartAttach
 
 CHAT = "/v1/chat/completions"
 

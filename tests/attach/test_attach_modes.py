@@ -7,9 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from asking import chat, post, text_of, until
-from pretend_server import PretendServer
-from vllm_servers import StartAttach
 
 from dynamo.attach.args import AttachOptions, parse_args, server_url
 from dynamo.attach.load import read_metrics
@@ -23,6 +20,9 @@ from dynamo.llm.kv_events import LoadMetrics
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import Unknown
 from dynamo.runtime.events import create_subscriber
+from tests.attach.asking import chat, post, text_of, until
+from tests.attach.pretend_server import PretendServer
+from tests.attach.vllm_servers import StartAttach
 
 
 async def found(server: PretendServer, **options: Any) -> tuple[str, str]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from asking import PATIENCE_S, post
-from pretend_server import PretendServer
 
 from dynamo.frontend.service import FrontendService
+from tests.attach.asking import PATIENCE_S, post
+from tests.attach.pretend_server import PretendServer
 
 Start = Callable[..., Coroutine[Any, Any, asyncio.subprocess.Process]]
 

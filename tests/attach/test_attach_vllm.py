@@ -12,8 +12,6 @@ from typing import Any
 import msgspec
 import openai
 import pytest
-from asking import chat, get, post, until
-from vllm_servers import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 
 from dynamo.attach import plan
 from dynamo.attach.dialects import Dialect, dialects_of
@@ -26,6 +24,8 @@ from dynamo.router.event_feed import KvEventFeed
 from dynamo.router.tier_index import TierIndex
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.events import EventSubscriber, create_subscriber
+from tests.attach.asking import chat, get, post, until
+from tests.attach.vllm_servers import StartAttach, VllmServer, start_vllm, stop_vllm, wait_for_vllm
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(400)]
 

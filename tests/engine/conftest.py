@@ -1,7 +1,8 @@
 """What do the tests of serving engines share?"""
 
 import pytest
-from scripted import ScriptedEngine
+
+from tests.engine.scripted import ScriptedEngine
 
 
 @pytest.fixture(autouse=True)

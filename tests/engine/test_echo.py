@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from scripted import DEADLINE_S, collect, request, serving
 
 from dynamo.echo.engine import echo_engine
 from dynamo.echo.main import parse_args
 from dynamo.engine.contract import EngineConfig
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import InvalidArgument
+from tests.engine.scripted import DEADLINE_S, collect, request, serving
 
 CONFIG = EngineConfig(model="m", served_model_name="m", context_length=10)
 

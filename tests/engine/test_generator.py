@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from scripted import DEADLINE_S, collect, request, serving
 
 from dynamo.engine.contract import EngineConfig
 from dynamo.engine.generator import GeneratorEngine
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import InvalidArgument, Unknown
+from tests.engine.scripted import DEADLINE_S, collect, request, serving
 
 CONFIG = EngineConfig(model="m", served_model_name="m")
 

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from scripted import DEADLINE_S, ScriptedEngine, collect, eventually, request, serving
 
 from dynamo.engine.admission import engine_request_limit
 from dynamo.engine.contract import EngineConfig
@@ -13,6 +12,7 @@ from dynamo.llm.model_card import ModelDeploymentCard
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument, Unknown, WorkerOverloaded
 from dynamo.runtime.events import create_subscriber
+from tests.engine.scripted import DEADLINE_S, ScriptedEngine, collect, eventually, request, serving
 
 
 async def test_outputs_reach_their_streams_in_order(runtime, engine, model_dir):

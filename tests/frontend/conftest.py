@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import uvloop
-from front_door import ScriptedWorker, Served, StartFrontend, StartWorker, model_ready
 
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.service import FrontendService
 from dynamo.runtime import DistributedRuntime
+from tests.frontend.front_door import ScriptedWorker, Served, StartFrontend, StartWorker, model_ready
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:

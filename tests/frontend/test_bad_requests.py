@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from front_door import (
+
+from tests.frontend.front_door import (
     CHAT,
     COMPLETIONS,
     Answer,

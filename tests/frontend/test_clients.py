@@ -2,10 +2,10 @@
 
 import openai
 import pytest
-from front_door import Served, Wire
 from langchain_openai import ChatOpenAI
 
 from dynamo.runtime.errors import EngineShutdown, WorkerOverloaded
+from tests.frontend.front_door import Served, Wire
 
 
 @pytest.fixture

@@ -4,7 +4,16 @@ import asyncio
 import json
 
 import pytest
-from front_door import (
+
+from dynamo.runtime.errors import (
+    ConnectionTimeout,
+    EngineShutdown,
+    HttpError,
+    InvalidArgument,
+    RouterQueueLimitExceeded,
+    WorkerOverloaded,
+)
+from tests.frontend.front_door import (
     CHAT,
     COMPLETIONS,
     Served,
@@ -17,15 +26,6 @@ from front_door import (
     fetch,
     model_gone,
     model_ready,
-)
-
-from dynamo.runtime.errors import (
-    ConnectionTimeout,
-    EngineShutdown,
-    HttpError,
-    InvalidArgument,
-    RouterQueueLimitExceeded,
-    WorkerOverloaded,
 )
 
 

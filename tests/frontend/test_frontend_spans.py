@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
-from front_door import CHAT, StartFrontend, StartWorker, ask, chat, model_ready
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from dynamo.runtime.tracing import shutdown_tracing
+from tests.frontend.front_door import CHAT, StartFrontend, StartWorker, ask, chat, model_ready
 
 TRACE, CALLER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 

@@ -3,7 +3,8 @@
 import gc
 
 import pytest
-from front_door import CHAT, Served, Wire, chat
+
+from tests.frontend.front_door import CHAT, Served, Wire, chat
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -5,13 +5,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from front_door import CHAT, StartFrontend, StartWorker, ask, chat, fetch, model_gone, model_ready
 
 from dynamo.cli.demo_model import make_demo_model
 from dynamo.frontend.models import NamespaceFilter
 from dynamo.frontend.service import FrontendService
 from dynamo.llm import ModelRuntimeConfig, WorkerType
 from dynamo.runtime import DistributedRuntime
+from tests.frontend.front_door import CHAT, StartFrontend, StartWorker, ask, chat, fetch, model_gone, model_ready
 
 
 def names(answer_json: dict) -> list[str]:

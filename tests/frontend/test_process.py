@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from front_door import CHAT, Answer, Wire, chat, fetch
 
 from dynamo.llm import ModelInput, ModelType, register_model
 from dynamo.runtime import DistributedRuntime
+from tests.frontend.front_door import CHAT, Answer, Wire, chat, fetch
 
 READY_S = 30.0  # a loaded machine; the program itself takes under 2 s
 

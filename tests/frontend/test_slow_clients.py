@@ -4,10 +4,10 @@ import asyncio
 import socket
 
 import pytest
-from front_door import CHAT, Served, Taken, Wire, ask, chat
 
 from dynamo.frontend import stream_answer
 from dynamo.frontend.service import FrontendService
+from tests.frontend.front_door import CHAT, Served, Taken, Wire, ask, chat
 
 SMALL_BUFFER = 4096  # bytes the two kernels hold, so that few tokens fill them
 

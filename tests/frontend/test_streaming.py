@@ -4,9 +4,19 @@ import asyncio
 import json
 
 import msgspec
-from front_door import CHAT, COMPLETIONS, Served, StartFrontend, StartWorker, Wire, ask, chat, model_ready
 
 from dynamo.frontend.bodies import ChatCompletionChunk, Completion
+from tests.frontend.front_door import (
+    CHAT,
+    COMPLETIONS,
+    Served,
+    StartFrontend,
+    StartWorker,
+    Wire,
+    ask,
+    chat,
+    model_ready,
+)
 
 
 async def test_a_chat_stream_has_role_then_text_then_finish_then_done(served: Served) -> None:

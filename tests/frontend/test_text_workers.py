@@ -8,7 +8,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from front_door import CHAT, COMPLETIONS, PATIENCE_S, Answer, Served, StartFrontend, Wire, ask, chat, model_ready
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynamo.frontend.chunk_fold import ChunkFold
@@ -21,6 +20,18 @@ from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import HttpError, InvalidArgument
 from dynamo.runtime.streams import ResponseStream
+from tests.frontend.front_door import (
+    CHAT,
+    COMPLETIONS,
+    PATIENCE_S,
+    Answer,
+    Served,
+    StartFrontend,
+    Wire,
+    ask,
+    chat,
+    model_ready,
+)
 
 Handler = Callable[[dict[str, Any], Context], AsyncIterator[Any]]
 StartText = Callable[..., Awaitable[FrontendService]]

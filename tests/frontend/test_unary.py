@@ -1,9 +1,20 @@
 """An answer in one body."""
 
 import msgspec
-from front_door import CHAT, COMPLETIONS, Served, StartFrontend, StartWorker, Wire, ask, chat, fetch, model_ready
 
 from dynamo.frontend.bodies import ChatCompletion, Completion, Health, Live, ModelList, ModelObject, Readiness
+from tests.frontend.front_door import (
+    CHAT,
+    COMPLETIONS,
+    Served,
+    StartFrontend,
+    StartWorker,
+    Wire,
+    ask,
+    chat,
+    fetch,
+    model_ready,
+)
 
 
 async def test_a_chat_answer_has_the_described_form(served: Served) -> None:

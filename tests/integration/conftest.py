@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deployment import Deployment
+
+from tests.integration.deployment import Deployment
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from deployment import Deployment, chat_body, free_port
+
+from tests.integration.deployment import Deployment, chat_body, free_port
 
 # Decoding takes 20 to 60 ms a step: at a tenth of that, 400 tokens last a second or two.
 STEADY = ["--speedup-ratio", "10"]

@@ -4,7 +4,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from deployment import Deployment
+
+from tests.integration.deployment import Deployment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HELLO = str(EXAMPLES / "hello_world")

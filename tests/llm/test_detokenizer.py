@@ -9,13 +9,13 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import BYTE_LEVEL, MAKERS, PIECES, SPECIAL, cut_anywhere, directory_of, load, texts
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders
 
 from dynamo.llm.piece_steps import chain_of
 from dynamo.llm.piece_stream import PieceRules, WindowRules
 from dynamo.llm.tokenizer import Tokenizer
+from tests.llm.tokenizer_zoo import BYTE_LEVEL, MAKERS, PIECES, SPECIAL, cut_anywhere, directory_of, load, texts
 
 SIZES = st.lists(st.integers(1, 5), min_size=1, max_size=60)
 BYTE_FALLBACK = ["llama2", "gemma", "sp_bpe", "sp_bpe_first_only", "sp_plain"]

@@ -9,13 +9,13 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_zoo import BYTE_LEVEL, MAKERS, SPECIAL, directory_of, load, texts
 
 from dynamo.llm.detokenizer import ByteRules
 from dynamo.llm.segment_cache import Generations, SegmentCache
 from dynamo.llm.text_cuts import Cuts
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.llm.tokenizer_backend import Backend
+from tests.llm.tokenizer_zoo import BYTE_LEVEL, MAKERS, SPECIAL, directory_of, load, texts
 
 SMALL_PART = 8  # characters; so that short texts are cut wherever they may be
 SMALL_LIMIT = 40_000  # bytes; so that things are forgotten while the test runs

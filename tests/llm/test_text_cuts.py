@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from tokenizer_zoo import DEEPSEEK, LLAMA3, O200K, QWEN2
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from dynamo.llm.split_pattern import NOWHERE, Places, places
 from dynamo.llm.text_cuts import GPT2_PATTERN, make_cuts, pipeline_cuts, split_places
 from dynamo.llm.tokenizer_config import AddedTokenSpec
 from dynamo.llm.tokenizer_tiktoken import KIMI_PATTERN
+from tests.llm.tokenizer_zoo import DEEPSEEK, LLAMA3, O200K, QWEN2
 
 EVERYWHERE = Places(before_space=True, before_space_met=True, after_newline=True, after_newline_met=True)
 BEFORE_SPACE = Places(before_space=True, before_space_met=True, after_newline=False, after_newline_met=False)

@@ -13,13 +13,13 @@ import pytest
 import sentencepiece
 import tiktoken
 from hypothesis import given, settings
-from tokenizer_zoo import LLAMA3, SPECIAL, directory_of, load, texts
 from tokenizers import Tokenizer as HfTokenizer
 
 from dynamo.llm import tokenizer as tokenizer_module
 from dynamo.llm.tokenizer import INLINE_CHARS, Tokenizer
 from dynamo.llm.tokenizer_tiktoken import GPT4_PATTERN, KIMI_PATTERN, QWEN_PATTERN, read_ranks
 from dynamo.runtime.errors import InvalidArgument
+from tests.llm.tokenizer_zoo import LLAMA3, SPECIAL, directory_of, load, texts
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the hub
 

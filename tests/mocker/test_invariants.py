@@ -4,11 +4,11 @@ from collections import Counter
 
 import hypothesis.strategies as st
 from hypothesis import event, given, settings
-from simulated import request, run, small_scheduler, tokens
 
 from dynamo.mocker.scheduler import Scheduler, Step
 from dynamo.mocker.sequence import Status
 from dynamo.mocker.timing import StepTiming
+from tests.mocker.simulated import request, run, small_scheduler, tokens
 
 limits = st.fixed_dictionaries(
     {

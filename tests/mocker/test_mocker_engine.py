@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from simulated import VOCABULARY, request
 
 from dynamo.llm.protocols.engine import EngineOutput, Routing
 from dynamo.mocker import stats
@@ -13,6 +12,7 @@ from dynamo.mocker.scheduler import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.runtime.metrics import Metrics
+from tests.mocker.simulated import VOCABULARY, request
 
 DEADLINE_S = 10.0
 

@@ -10,8 +10,6 @@ from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import pytest
-from simulated import VOCABULARY, eventually
-from simulated import request as preprocessed
 
 from dynamo.llm.kv_events import LoadMetrics, RouterEvent
 from dynamo.llm.model_card import ModelDeploymentCard
@@ -22,6 +20,8 @@ from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import Disconnected, InvalidArgument, WorkerOverloaded
 from dynamo.runtime.events import create_subscriber
+from tests.mocker.simulated import VOCABULARY, eventually
+from tests.mocker.simulated import request as preprocessed
 
 DEADLINE_S = 20.0
 ENDPOINT = "dynamo.backend.generate"
@@ -65,15 +65,13 @@ async def mocker(model_dir, *flags: str):
         await process.wait()
 
 
-async def idle(loads) -> None:
-    """Return once a worker that was busy has said that nothing runs and no block is in use."""
-    was_busy = False
+async def told(loads, *, busy: bool) -> None:
+    """Return once the worker has said that it is busy, or that nothing runs and no block is in use."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             load = msgspec.msgpack.decode((await anext(loads)).payload, type=LoadMetrics)
-            if load.running_requests:
-                was_busy = True
-            elif was_busy and load.waiting_requests == load.active_decode_blocks == 0:
+            in_use = (load.running_requests, load.waiting_requests, load.active_decode_blocks)
+            if any(in_use) == busy:
                 return
 
 
@@ -118,14 +116,14 @@ async def test_a_stopped_request_leaves_the_engine_within_a_step(model_dir):
         await loads.wait_connected()
         context = Context()
         stream = await client.generate(request(max_tokens=1000), annotated=False, context=context)
-        for _ in range(10):  # 0.2 s, so that the load has been told
-            await anext(stream)
+        await anext(stream)
+        await told(loads, busy=True)
         context.stop_generating()
         stopped = time.monotonic()
         items = await collect(stream)
         assert items[-1]["finish_reason"] == "cancelled"
         assert time.monotonic() - stopped < 5.0  # all its tokens would take 20 s
-        await idle(loads)
+        await told(loads, busy=False)
         assert time.monotonic() - stopped < 5.0  # all its tokens would take 20 s
         await loads.close()
 
@@ -158,7 +156,7 @@ async def test_a_caller_that_is_killed_frees_the_engine(model_dir):
         process.kill()
         await process.wait()
         killed = time.monotonic()
-        await idle(loads)
+        await told(loads, busy=False)
         assert time.monotonic() - killed < 5.0  # a lease would take 10 s
         await loads.close()
 

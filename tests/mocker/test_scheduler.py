@@ -1,12 +1,12 @@
 """The scheduler, step by step, without any clock."""
 
 import pytest
-from simulated import EOS, VOCABULARY, request, run, small_scheduler, tokens
 
 from dynamo.llm.protocols.engine import OutputOptions, Routing
 from dynamo.mocker.sampler import Reasoning
 from dynamo.mocker.timing import StepTiming
 from dynamo.runtime.errors import InvalidArgument
+from tests.mocker.simulated import EOS, VOCABULARY, request, run, small_scheduler, tokens
 
 
 def test_one_request_gets_its_tokens_and_its_usage():

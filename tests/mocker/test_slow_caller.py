@@ -3,13 +3,13 @@
 import asyncio
 
 import msgspec
-from simulated import VOCABULARY, eventually, request
 
 from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.mocker.engine import MockerConfig, MockerEngine
 from dynamo.mocker.sampler import Sampler
 from dynamo.mocker.scheduler import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
+from tests.mocker.simulated import VOCABULARY, eventually, request
 
 DEADLINE_S = 20.0
 STREAMS, TOKENS = 32, 60_000  # 40 MB of frames in all, far more than two sockets hold

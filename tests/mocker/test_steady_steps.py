@@ -3,12 +3,12 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import event, given, settings
-from test_invariants import limits
 
 from dynamo.llm.block_hash import sequence_hashes
 from dynamo.mocker.batching import BatchScheduler, SchedulerConfig
 from dynamo.mocker.sequence import Sequence
 from dynamo.mocker.timing import StepTiming
+from tests.mocker.test_invariants import limits
 
 
 class Numbered(Sequence):

@@ -3,7 +3,6 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from workloads import asked, crowd, simulate
 
 from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
@@ -11,6 +10,7 @@ from dynamo.replay.routing import BASELINES, make_routing, routing_details, rout
 from dynamo.replay.simulate import Arrivals, Goal, Simulation
 from dynamo.replay.traces import SyntheticWorkload, TraceError
 from dynamo.router.config import KvRouterConfig
+from tests.replay.workloads import asked, crowd, simulate
 
 CAPACITY = 16384 * 64
 

@@ -1,9 +1,9 @@
 """Traces say what came when; a line that does not is named."""
 
 import pytest
-from workloads import TRACES, write_jsonl
 
 from dynamo.replay.traces import SharedPrefixes, SyntheticWorkload, TraceError, describe, read_azure, read_trace
+from tests.replay.workloads import TRACES, write_jsonl
 
 LINE = {"timestamp": 100, "input_length": 600, "output_length": 5, "hash_ids": [7, 8]}
 

@@ -5,10 +5,10 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from index_model import NaiveIndex, check_consistency, check_levels
 
 from dynamo.llm.block_hash import sequence_hashes
 from dynamo.router.block_index import BlockIndex, UnknownParentError
+from tests.router.index_model import NaiveIndex, check_consistency, check_levels
 
 HOLDERS = ("a", "b", "c")
 locals_ = st.lists(st.integers(1, 3), min_size=1, max_size=6)

@@ -6,7 +6,6 @@ import logging
 
 import msgspec
 import pytest
-from feeding import ENDPOINT, eventually, feeding, holds, line, publishing, removed, stored
 
 from dynamo.llm.block_hash import sequence_hashes
 from dynamo.llm.kv_events import KvEventData
@@ -14,6 +13,7 @@ from dynamo.router import event_feed as module
 from dynamo.router.recovery import query_endpoint
 from dynamo.router.types import Overlap, WorkerKey
 from dynamo.runtime.events import create_publisher
+from tests.router.feeding import ENDPOINT, eventually, feeding, holds, line, publishing, removed, stored
 
 PATH = [11, 12, 13, 14, 15, 16]
 

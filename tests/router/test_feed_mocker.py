@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 
 import msgspec
 import pytest
-from feeding import BLOCK_SIZE, ENDPOINT, LossyFeed, eventually
 
 from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.llm.block_hash import compute_block_hash_for_seq, sequence_hashes
@@ -22,6 +21,7 @@ from dynamo.router import event_feed as module
 from dynamo.router.tier_index import TierIndex
 from dynamo.router.types import Overlap, WorkerKey
 from dynamo.runtime import DistributedRuntime
+from tests.router.feeding import BLOCK_SIZE, ENDPOINT, LossyFeed, eventually
 
 DEADLINE_S = 30.0
 VOCABULARY = range(100, 1100)

@@ -6,10 +6,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
 
 from dynamo.runtime import Context, DistributedRuntime
 from dynamo.runtime.errors import Cancelled
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
 
 
 class Endless:

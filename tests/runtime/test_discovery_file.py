@@ -14,11 +14,11 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from plane_helpers import until
 
 from dynamo.runtime.discovery import Delete, Put
 from dynamo.runtime.discovery.file import FileDiscovery, default_root
 from dynamo.runtime.errors import DiscoveryError
+from tests.runtime.plane_helpers import until
 
 PREFIX = "v1/instances/ns/comp/ep/"
 KEY = PREFIX + "1a"

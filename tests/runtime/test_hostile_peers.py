@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
 
 from dynamo.runtime import DistributedRuntime, wire
 from dynamo.runtime import server as server_module
 from dynamo.runtime.errors import Disconnected, WorkerUnavailable
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
 
 HELLO = wire.PREAMBLE + bytes(wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "test")))
 

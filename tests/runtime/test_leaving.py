@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 from dynamo.runtime import (
     Context,
@@ -20,6 +19,7 @@ from dynamo.runtime import (
 )
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument, StreamIncomplete, Unknown
 from dynamo.runtime.instances import Target
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 
 async def test_a_leaving_worker_finishes_and_admits_nothing_new(runtime: DistributedRuntime) -> None:

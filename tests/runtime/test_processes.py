@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from plane_helpers import Sink, WorkerProcess, connect, push, until
 
 from dynamo.runtime import Client, Context, DistributedRuntime
 from dynamo.runtime.errors import Disconnected
+from tests.runtime.plane_helpers import Sink, WorkerProcess, connect, push, until
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 from dynamo.runtime import Annotated, Context, DistributedRuntime, RouterMode
 from dynamo.runtime.errors import (
@@ -23,6 +22,7 @@ from dynamo.runtime.errors import (
     Unknown,
     WorkerUnavailable,
 )
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 
 async def count(request: dict[str, Any], context: Context) -> AsyncIterator[dict[str, int]]:

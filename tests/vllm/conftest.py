@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
-from vllm_helpers import Recorder, make_lora, vllm_options
 
 from dynamo.engine.contract import EngineConfig
 from dynamo.vllm.engine import DRIVER_ENV, VllmEngine
+from tests.vllm.vllm_helpers import Recorder, make_lora, vllm_options
 
 ENGINE_TIMEOUT_S = 240  # two cores and seven neighbours
 

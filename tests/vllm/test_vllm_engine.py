@@ -8,13 +8,13 @@ import time
 from typing import Any
 
 import pytest
-from vllm_cases import BLOCK, CASES, LORA_PROMPT, LORA_TOKENS, SHARED, Case, words
-from vllm_helpers import alive, descendants, pid_named, request, shared_memory, still_there, tokens
 
-from conftest import ENGINE_TIMEOUT_S, Running
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
+from tests.vllm.conftest import ENGINE_TIMEOUT_S, Running
+from tests.vllm.vllm_cases import BLOCK, CASES, LORA_PROMPT, LORA_TOKENS, SHARED, Case, words
+from tests.vllm.vllm_helpers import alive, descendants, pid_named, request, shared_memory, still_there, tokens
 
 pytestmark = [
     pytest.mark.vllm,

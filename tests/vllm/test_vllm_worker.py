@@ -14,14 +14,14 @@ from typing import Any
 
 import msgspec
 import pytest
-from vllm_cases import BLOCK, words
-from vllm_helpers import ENGINE_FLAGS, alive, descendants, request, shared_memory, still_there
 
-from conftest import ENGINE_TIMEOUT_S
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.client import Client
 from dynamo.runtime.events import create_subscriber
+from tests.vllm.conftest import ENGINE_TIMEOUT_S
+from tests.vllm.vllm_cases import BLOCK, words
+from tests.vllm.vllm_helpers import ENGINE_FLAGS, alive, descendants, request, shared_memory, still_there
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(ENGINE_TIMEOUT_S)]
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_cases import CASES, LORA_PROMPT, LORA_TOKENS
+from tests.vllm.vllm_cases import CASES, LORA_PROMPT, LORA_TOKENS
 
 
 def main() -> None:
