@@ -89,8 +89,9 @@ class ActiveLoad:
         """Know a worker, or its new limits."""
         position = self.position.get(worker)
         if position is not None:
-            if limits is not None:
+            if limits is not None and limits != self.limits[position]:
                 self.limits[position] = limits
+                self.version += 1
             return
         self.version += 1
         self.position[worker] = len(self.workers)

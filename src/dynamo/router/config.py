@@ -10,11 +10,26 @@ import msgspec
 from dynamo.runtime.selection import RouterMode
 
 DEFAULT_POLICY = "linear"
+QUEUE_POLICIES = ("fcfs", "lcfs", "wspt")
+_ONLY = {
+    "router_prefill_load_model": "none",
+    "use_remote_indexer": False,
+    "serve_indexer": False,
+    "enable_session_prefix_index": False,
+    "shared_cache_multiplier": None,
+    "shared_cache_type": "none",
+    "conditional_disagg_enabled": False,
+    "router_tracking_hash": "public-xxh3-v1",
+    "router_tracking_key_file": None,
+    "router_tracking_key_id": None,
+}
+"""Settings that users know whose features are not here: asking for one is an error, never silently without effect."""
+
 MAX_AFFINITY_TTL_SECS = 31_536_000  # a year, the bound users know [K46]
 
 
-class KvRouterConfig(msgspec.Struct, frozen=True):
-    """The KV router's settings. Weights are per block of the worker's block size."""
+class _CacheWeights(msgspec.Struct, frozen=True):
+    """The settings that may be given by position, in the order that users know."""
 
     overlap_score_weight: float | None = None
     """The old name of `overlap_score_credit`; wins over it where given."""
@@ -22,21 +37,46 @@ class KvRouterConfig(msgspec.Struct, frozen=True):
     disk_cache_hit_weight: float = 0.25
     router_temperature: float = 0.0
     use_kv_events: bool = True
+
+
+class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The KV router's settings. Weights are per block of the worker's block size."""
+
     router_replica_sync: bool = False
     router_track_active_blocks: bool = True
     router_track_output_blocks: bool = False
     router_assume_kv_reuse: bool = True
     router_track_prefill_tokens: bool = True
+    router_prefill_load_model: str = "none"
     router_ttl_secs: float = 120.0
     router_approximate_cache_policy: str = "ttl"
     router_queue_threshold: float | None = None
+    router_event_threads: int = 4
+    """Taken and without effect: one thread keeps the index, at over a million blocks a second."""
     router_queue_policy: str = "fcfs"
+    use_remote_indexer: bool = False
+    serve_indexer: bool = False
+    enable_session_prefix_index: bool = False
+    shared_cache_multiplier: float | None = None
+    shared_cache_type: str = "none"
     router_predicted_ttl_secs: float | None = None
+    conditional_disagg_enabled: bool = False
+    conditional_disagg_policy: str = "isl_bounding"
+    conditional_disagg_eff_isl_threshold: int = 2048
+    conditional_disagg_eff_isl_ratio_threshold: float = 0.7
+    conditional_disagg_prefill_busy_threshold: float | None = None
+    conditional_disagg_decode_busy_threshold: float | None = None
     overlap_score_credit: float = 1.0
     overlap_score_credit_decay: float = 0.0
     prefill_load_scale: float = 1.0
     decode_active_request_weight: float = 0.0
     router_policy_config: str | None = None
+    router_prefill_policy: str | None = None
+    router_decode_policy: str | None = None
+    """Names of `worker_selection` entries in the policy file. Workers that do both parts go by the decode one."""
+    router_tracking_hash: str = "public-xxh3-v1"
+    router_tracking_key_file: str | None = None
+    router_tracking_key_id: str | None = None
     router_policy: str = DEFAULT_POLICY
     """Which cost decides: a name of `dynamo.router.policies`."""
     active_request_expiry_secs: float = 300.0
@@ -51,18 +91,31 @@ class KvRouterConfig(msgspec.Struct, frozen=True):
             "overlap_score_credit_decay",
             "prefill_load_scale",
             "decode_active_request_weight",
+            "overlap_score_weight",
+            "router_queue_threshold",
         ):
             value = getattr(self, name)
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
-        if self.router_ttl_secs <= 0:
-            raise ValueError(f"router_ttl_secs must be above 0, got {self.router_ttl_secs!r}")
+        for name in ("router_ttl_secs", "router_predicted_ttl_secs", "active_request_expiry_secs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be above 0, got {value!r}")
         if self.router_approximate_cache_policy not in ("ttl", "lru"):
             raise ValueError(
                 f"router_approximate_cache_policy must be ttl or lru, got {self.router_approximate_cache_policy!r}"
             )
-        if self.router_queue_policy not in ("fcfs", "wspt", "lcfs"):
-            raise ValueError(f"router_queue_policy must be fcfs, wspt or lcfs, got {self.router_queue_policy!r}")
+        if self.router_queue_policy not in QUEUE_POLICIES:
+            raise ValueError(
+                f"router_queue_policy must be one of {', '.join(QUEUE_POLICIES)}, got {self.router_queue_policy!r}"
+            )
+        for name, only in _ONLY.items():
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}: only {only!r} is in this version, not {getattr(self, name)!r}")
+        if self.router_policy_config is None and (self.router_prefill_policy or self.router_decode_policy):
+            raise ValueError(
+                "router_prefill_policy, router_decode_policy: name entries of a file: set router_policy_config"
+            )
 
     @property
     def credit(self) -> float:
@@ -74,7 +127,7 @@ class KvRouterConfig(msgspec.Struct, frozen=True):
         """From a JSON object of these fields. Raises ValueError naming what is wrong."""
         try:
             return msgspec.json.decode(text.encode(), type=cls)
-        except msgspec.ValidationError as e:
+        except msgspec.DecodeError as e:
             raise ValueError(f"KvRouterConfig: {e}") from None
 
     def copy(self) -> "KvRouterConfig":
@@ -103,7 +156,7 @@ class LoadThresholdConfig(msgspec.Struct, frozen=True):
             raise ValueError(f"active_decode_blocks_threshold must be between 0 and 1, got {share!r}")
         for name in ("active_prefill_tokens_threshold", "active_prefill_tokens_threshold_frac"):
             value = getattr(self, name)
-            if value is not None and value < 0:
+            if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be at least 0, got {value!r}")
 
     @property
@@ -129,6 +182,7 @@ class RouterConfig(msgspec.Struct, frozen=True):
     session_affinity_mode: str = "hard"
 
     def __post_init__(self) -> None:
+        _ = self.thresholds  # made to be checked
         ttl = self.session_affinity_ttl_secs
         if ttl is not None and not 1 <= ttl <= MAX_AFFINITY_TTL_SECS:
             raise ValueError(f"session_affinity_ttl_secs must be between 1 and {MAX_AFFINITY_TTL_SECS}, got {ttl!r}")

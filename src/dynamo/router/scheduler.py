@@ -59,6 +59,7 @@ class KvScheduler:
         self.policy = policy or make_policy(config.router_policy, config)
         self.load = ActiveLoad()
         self._positions = _Positions(overlaps, self.load)
+        self._routed: Callable[[WorkerKey, Sequence[int], float], None] | None = getattr(overlaps, "routed", None)
         self.suspended: set[WorkerKey] = set()
         """Workers that get nothing new: they failed a moment ago, or are leaving. What they have stays booked."""
         self._rng = rng or random.Random()
@@ -127,6 +128,12 @@ class KvScheduler:
             else max(view.overlap(at).total for at in eligible),
             explanation=self._explain(view, costs, eligible, position, reason) if explain else None,
         )
+
+    def best_overlap(self, request: RouteRequest, now: float) -> int:
+        """The most blocks of the prompt that any worker which it may go to holds. Raises as `eligible`."""
+        eligible = self.eligible(request)
+        view = self.view(request, now)
+        return view.most_overlap if eligible is None else _most(view, eligible)
 
     def eligible(self, request: RouteRequest) -> list[int] | None:
         """Positions this request may go to; None for all.
@@ -295,6 +302,8 @@ class KvScheduler:
         )
         if self.policy.learns:
             self._sent[request.request_id] = sent
+        if self._routed is not None:
+            self._routed(decision.worker, request.sequence_hashes, now)
 
     def _private_blocks(self, request: RouteRequest, shared: int) -> int:
         """Blocks of the prompt that no other request can share, as far as this router is to know."""

@@ -131,7 +131,7 @@ class Fleet(Protocol):
     progress_at: list[float]
     """When the worker last made a first token, or began with the prompt that it has had longest, if that is later."""
     version: int
-    """Another number whenever positions have changed."""
+    """Another number whenever positions or limits have changed."""
 
 
 class Prefilled(msgspec.Struct, frozen=True):
@@ -250,6 +250,14 @@ class OverlapSource(Protocol):
 
     def find(self, sequence_hashes: Sequence[int], now: float) -> dict[WorkerKey, Overlap]:
         """The workers that hold at least the first block. Those that hold equally much may share one `Overlap`."""
+        ...
+
+
+class PredictingOverlapSource(OverlapSource, Protocol):
+    """One that guesses what a worker will hold from what is sent there [K34][K35]."""
+
+    def routed(self, worker: WorkerKey, sequence_hashes: Sequence[int], now: float) -> None:
+        """A prompt was sent to a worker."""
         ...
 
 
