@@ -146,7 +146,7 @@ def test_nothing_is_left_after_ten_thousand_requests_in_bad_weather():
             else:
                 load.add_worker(WorkerKey(100 + i))
         if rnd.random() < 0.002:
-            fates["expired"] += len(load.expire(i / 100 - 1.5))
+            fates["expired"] += len(load.expire(i / 100 - 1.5, i / 100))
     for name in open_ids:
         load.free(name)
     assert_zero(load)
@@ -248,8 +248,10 @@ def test_only_bookings_older_than_the_limit_expire():
     load.add_worker(WorkerKey(1))
     for i in range(4):
         load.book(str(i), WorkerKey(1), [], 1, float(i))
-    assert load.expire(2.0) == ["0", "1"]
-    assert list(load.bookings) == ["2", "3"]
+    assert load.expire(2.0, 10.0, alive=lambda name: name == "0") == ["1"]
+    assert list(load.bookings) == ["2", "3", "0"]
+    assert load.expire(10.0, 10.0) == ["2", "3"]
+    assert load.bookings["0"].booked_at == 10.0
 
 
 def test_two_thousand_workers_leave_in_seconds_with_all_they_have():

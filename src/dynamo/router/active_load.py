@@ -7,7 +7,7 @@ What others than this router sent to a worker is known only from its own reports
 and added to the same columns, so that a choice sees all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -244,16 +244,24 @@ class ActiveLoad:
         self.requests[position] -= 1
         return booking
 
-    def expire(self, older_than: float) -> list[str]:
-        """Close bookings made before `older_than`; they were leaked by somebody. Returns their request ids.
+    def expire(self, older_than: float, now: float, alive: Callable[[str], bool] | None = None) -> list[str]:
+        """Close bookings made before `older_than`: they were leaked by somebody. Returns their request ids.
 
-        Bookings are in the order they were made, so this looks only at those that go.
+        Those that are `alive` count from `now` on. Bookings are in the order of their time, so this looks only at
+        those that are old.
         """
         stale: list[str] = []
-        for booking in self.bookings.values():
+        for request_id, booking in self.bookings.items():
             if booking.booked_at >= older_than:
                 break
-            stale.append(booking.request_id)
+            stale.append(request_id)
+        gone: list[str] = []
         for request_id in stale:
-            self.free(request_id)
-        return stale
+            if alive is not None and alive(request_id):
+                booking = self.bookings.pop(request_id)
+                booking.booked_at = now
+                self.bookings[request_id] = booking
+            else:
+                self.free(request_id)
+                gone.append(request_id)
+        return gone

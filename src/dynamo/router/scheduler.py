@@ -353,12 +353,15 @@ class KvScheduler:
             )
         return self.load.free(request_id)
 
-    def expire(self, now: float) -> list[str]:
-        """Drop bookings that nobody freed within the configured time; returns their ids, which are worth a log line."""
-        stale = self.load.expire(now - self.config.active_request_expiry_secs)
-        for request_id in stale:
+    def expire(self, now: float, alive: Callable[[str], bool] | None = None) -> list[str]:
+        """Drop bookings that nobody freed within the configured time; returns their ids, which are worth a log line.
+
+        `alive` says whether the request of that id goes on all the same.
+        """
+        gone = self.load.expire(now - self.config.active_request_expiry_secs, now, alive)
+        for request_id in gone:
             self._sent.pop(request_id, None)
-        return stale
+        return gone
 
 
 def _most(view: View, eligible: list[int]) -> int:
