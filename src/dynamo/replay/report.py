@@ -1,0 +1,76 @@
+"""What does a program that ran a replay get?"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynamo.replay.measures import Sample
+
+
+@dataclass(frozen=True)
+class PlannerReplayDetails:
+    """What a planner in the loop did. There is none in this version, so nothing."""
+
+    metadata: dict[str, Any] = field(default_factory=dict)
+    ticks: list[dict[str, Any]] = field(default_factory=list)
+    scaling_events: list[Any] = field(default_factory=list)
+    lifecycle_operations: list[dict[str, Any]] = field(default_factory=list)
+    total_ticks: int = 0
+    html_report_path: str | None = None
+
+
+@dataclass(frozen=True)
+class ReplayTelemetryDetails:
+    """The fleet at equal intervals of virtual time."""
+
+    sample_interval_ms: float
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """Numbers over all requests (`summary`), and the requests themselves where they were asked for."""
+
+    summary: dict[str, Any]
+    per_request: list[dict[str, Any]] | None
+    coverage: dict[str, Any]
+    planner: PlannerReplayDetails | None
+    telemetry: ReplayTelemetryDetails | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain data. `telemetry` is left out where it was not asked for."""
+        plain: dict[str, Any] = {
+            "summary": self.summary,
+            "per_request": self.per_request,
+            "coverage": self.coverage,
+            "planner": None if self.planner is None else vars(self.planner),
+        }
+        if self.telemetry is not None:
+            plain["telemetry"] = vars(self.telemetry)
+        return plain
+
+
+def telemetry_sample(sample: Sample, ordinal: int, total_blocks: int) -> dict[str, Any]:
+    """A sample under the names that users know."""
+    return {
+        "sample_ordinal": ordinal,
+        "kind": "periodic" if ordinal else "baseline",
+        "sampled_at_ms": sample.at_s * 1000,
+        "decode_scheduler_metrics": [
+            {
+                "worker_id": worker,
+                "dp_rank": 0,
+                "active_blocks": round(share * total_blocks),
+                "total_blocks": total_blocks,
+                "active_cache_usage": share,
+                "running_requests": running,
+                "waiting_requests": waiting,
+            }
+            for worker, (running, waiting, share) in enumerate(
+                zip(sample.running, sample.waiting, sample.kv_share, strict=True)
+            )
+        ],
+        "decode_interval_metrics": {
+            "cache_hit_tokens": sample.cached_tokens,
+            "cache_total_tokens": sample.prompt_tokens,
+        },
+    }
