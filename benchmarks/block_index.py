@@ -1,7 +1,7 @@
 """What do finding and storing in the block index cost? `python benchmarks/block_index.py > block_index.json`.
 
 A fleet's caches are filled from events like the mocker's: conversations of 850 blocks below shared system prompts, as
-prefills of 32 blocks and 40 decoded ones, on one worker or on two. Then come prompts of 850 blocks, of which a
+prefills of 128 blocks and 40 decoded ones, on one worker or on two. Then come prompts of 850 blocks, of which a
 part is known. Each size runs in a process of its own; memory is what that process grew by. A machine shared with
 others shows in wall times, so stores are also given by CPU time.
 """
@@ -26,8 +26,8 @@ from dynamo.router.types import WorkerKey
 PROMPT_BLOCKS = 850
 SYSTEM_BLOCKS = 25
 SYSTEM_PROMPTS = 100
-PREFILL_BLOCKS = 32
-DECODED_BLOCKS = 40  # of each conversation, one event each: 13 blocks an event on average
+PREFILL_BLOCKS = 128  # what one step of 8,192 tokens computes, in blocks of 64: the mocker's defaults
+DECODED_BLOCKS = 40  # of each conversation, one event each
 QUERIES = 4000
 
 

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router.run_tree import SHARDS
 
 
 class NaiveIndex:
@@ -55,7 +56,7 @@ def check_consistency(index, naive) -> None:
         assert all(child.parent is run for child in run.children)
         assert run.locals is None or len(run.locals) == len(run.seqs)
         for seq in run.seqs:
-            assert tree.ids[seq] == run.id
+            assert tree.ids[seq % SHARDS][seq] == run.id
             assert seq not in reached
             reached[seq] = run.mask
     assert len(index) == len(reached)
@@ -72,6 +73,11 @@ def check_consistency(index, naive) -> None:
         for hole in index.holes(holder):
             holes[hole] = holes.get(hole, 0) | bit
     assert index._holes == holes
+
+
+def entered(index) -> set[int]:
+    """All blocks that are in memory, reached or not."""
+    return {seq for ids in index._tree.ids for seq in ids}
 
 
 def check_levels(levels) -> None:

@@ -8,6 +8,7 @@ from dynamo.llm.block_hash import sequence_hashes
 from dynamo.llm.kv_events import KvEventData, Removed, Stored, StoredBlock
 from dynamo.router.tier_index import LOWER_TIERS, Outcome, TierIndex
 from dynamo.router.types import Overlap, WorkerKey
+from tests.router.index_model import entered
 
 WORKERS = (WorkerKey(1), WorkerKey(1, 1), WorkerKey(2))
 TIERS = ("device", *LOWER_TIERS)
@@ -199,5 +200,5 @@ def test_two_thousand_workers_that_join_and_leave_at_once_leave_nothing_behind()
         assert len(index) == 0
     while index.sweep(10_000):
         pass
-    assert not index.index._tree.ids
+    assert not entered(index.index)
     assert not index.workers()

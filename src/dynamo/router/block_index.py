@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from dynamo.llm.block_hash import sequence_hashes
 from dynamo.router.account import Account, HeldRun
 from dynamo.router.levels import Level, cut_at_holes
-from dynamo.router.run_tree import Run, RunTree, shared_length
+from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
 
 SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
 WALKED_RUNS = 8  # a look at the next run costs as much as one look of a bisection, which takes ten for 850 blocks
@@ -147,8 +147,8 @@ class BlockIndex(Generic[H]):
         levels: list[Level] = []
         if not sequence:
             return levels
-        runs, id_of, count = self._tree.runs, self._tree.ids.get, len(sequence)
-        run = runs[id_of(sequence[0], 0)]
+        runs, ids, count = self._tree.runs, self._tree.ids, len(sequence)
+        run = self._tree.run_of(sequence[0])
         done, mask = 0, run.mask
         for _ in range(WALKED_RUNS):
             if not run.mask:
@@ -158,7 +158,8 @@ class BlockIndex(Generic[H]):
             if done == count or length < len(run.seqs):  # children follow a whole run, so nothing else does
                 levels.append(Level(done, mask))
                 return levels
-            run = runs[id_of(sequence[done], 0)]
+            seq = sequence[done]
+            run = runs[ids[seq & LAST_BITS].get(seq, 0)]
             if run.mask != mask:
                 levels.append(Level(done, mask))
                 mask = run.mask
@@ -174,7 +175,8 @@ class BlockIndex(Generic[H]):
                 ahead.pop()
             else:
                 middle = (done + position) >> 1
-                ahead.append((middle, runs[id_of(sequence[middle], 0)].mask))
+                seq = sequence[middle]
+                ahead.append((middle, runs[ids[seq & LAST_BITS].get(seq, 0)].mask))
         return levels
 
     def holes_in(self, sequence: Sequence[int], levels: list[Level]) -> list[tuple[int, int]]:
@@ -281,10 +283,10 @@ class BlockIndex(Generic[H]):
     def _reach(self, slot: _Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
         """Let a holder reach `seqs`. Returns the position from which on they are new to it."""
         tree, bit = self._tree, slot.bit
-        parent = tree.root if above is None else tree.runs[tree.ids[above]]
+        parent = tree.root if above is None else tree.run_of(above)
         if above is not None and not parent.mask & bit:
             parent = self._reach_back(slot, parent, above)
-        run = tree.runs[tree.ids.get(seqs[0], 0)]
+        run = tree.run_of(seqs[0])
         if not run.mask:  # nobody has any of them
             tree.attach(parent, above, seqs, local_hashes, bit)
             return 0

@@ -2,15 +2,24 @@
 
 A radix tree over sequence hashes. Its nodes are *runs*, blocks in a row that the same holders reach; a set of holders
 is one integer, a bit for each. The tree knows nothing of holders but that the set of a run's children is within its
-own. A dictionary leads from each sequence hash to its run.
+own. Dictionaries lead from each sequence hash to its run.
 
-Runs keep hashes in arrays and the dictionary maps numbers to numbers, so that Python's garbage collector has nothing
-to look at but the runs.
+Runs keep hashes in arrays and the dictionaries map numbers to numbers, so that Python's garbage collector has nothing
+to look at but the runs. There are several, by the hash's last bits, because a dictionary that grows is copied whole,
+once in some million blocks: with two million in one piece, nothing else would happen for 90 ms.
 """
 
+import sys
 from array import array
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from itertools import repeat
+from operator import setitem
+
+SHARDS = 8  # a power of two; the longest pause is then 8 ms at two million blocks, and storing costs 2 % more
+LAST_BITS = SHARDS - 1
+LAST_BITS_OF_BYTE = bytes(byte & LAST_BITS for byte in range(256))
+LOW_BYTE = 0 if sys.byteorder == "little" else 7  # of a hash in an array
 
 
 class Run:
@@ -44,41 +53,46 @@ class RunTree:
         self.root = Run(0, array("Q"), None, 0)
         self.runs: list[Run] = [self.root]
         """By id. A sequence hash that is not in `ids` has id 0: nobody reaches the root either."""
-        self.ids: dict[int, int] = {}
-        """Sequence hash -> id of its run."""
+        self.ids: list[dict[int, int]] = [{} for _ in range(SHARDS)]
+        """By the last bits of a sequence hash: sequence hash -> id of its run."""
         self._free_ids: list[int] = []
         self.left: list[Run] = []
         """Runs that nobody reaches, whose blocks are still in `ids`: see `sweep`."""
-        self._unswept = 0
+        self._reached = 0
 
     def __len__(self) -> int:
         """How many blocks somebody reaches."""
-        return len(self.ids) - self._unswept
+        return self._reached
 
     def run_of(self, seq: int) -> Run:
         """The run of a block; the root, or a run with an empty set, if nobody reaches it."""
-        return self.runs[self.ids.get(seq, 0)]
+        return self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
 
     def attach(self, parent: Run, last: int | None, seqs: list[int], local_hashes: list[int], bit: int) -> None:
         """Add blocks that nobody has, after the block `last` of `parent`, for one holder."""
         if last is not None and parent.seqs[-1] != last:
             parent = self.split(parent, parent.find(last) + 1)[0]
+        packed = array("Q", seqs)
         if parent.mask == bit and not parent.children:
             run = parent
-            run.seqs.fromlist(seqs)
+            run.seqs.extend(packed)
             if run.locals is not None:
                 run.locals.fromlist(local_hashes)
         else:
-            run = self._add(array("Q", seqs), array("Q", local_hashes) if self.keep_contents else None, bit)
+            run = self._add(packed, array("Q", local_hashes) if self.keep_contents else None, bit)
             run.parent = parent
             parent.children.add(run)
-        ids = self.ids
-        total = len(ids) + len(seqs)
-        if len(seqs) == 1:  # one decoded block: as frequent as all others together
-            ids[seqs[0]] = run.id
-        else:
-            ids.update(zip(seqs, repeat(run.id)))
-        self._unswept -= total - len(ids)  # those that were there had lost their last holder
+        self._reached += len(seqs)
+        self._enter(seqs, packed, run)
+
+    def _enter(self, seqs: Iterable[int], packed: "array[int]", run: Run) -> None:
+        """Let the blocks' hashes, given twice, lead to this run."""
+        if len(packed) == 1:  # one decoded block: as frequent as all others together
+            for seq in seqs:
+                self.ids[seq & LAST_BITS][seq] = run.id
+            return
+        last_bits = packed.tobytes()[LOW_BYTE::8].translate(LAST_BITS_OF_BYTE)
+        deque(map(setitem, map(self.ids.__getitem__, last_bits), seqs, repeat(run.id)), maxlen=0)  # all of it in C
 
     def _add(self, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> Run:
         if self._free_ids:
@@ -111,7 +125,7 @@ class RunTree:
             entered = tail
         head.children = {tail}
         tail.parent = head
-        self.ids.update(zip(entered.seqs, repeat(entered.id)))
+        self._enter(entered.seqs, entered.seqs, entered)
         return head, tail
 
     def reach(self, run: Run, length: int, bit: int) -> Run:
@@ -130,7 +144,7 @@ class RunTree:
         parent.seqs.extend(moved)
         if parent.locals is not None and run.locals is not None:
             parent.locals.extend(run.locals[:length])
-        self.ids.update(zip(moved, repeat(parent.id)))
+        self._enter(moved, moved, parent)
         if length < len(run.seqs):
             del run.seqs[:length]
             if run.locals is not None:
@@ -146,7 +160,9 @@ class RunTree:
     def drop_last(self, run: Run, bit: int) -> Run:
         """Take a holder out of the last block of a run. Returns the run of the block before, maybe the root."""
         if run.mask == bit:
-            del self.ids[run.seqs.pop()]
+            seq = run.seqs.pop()
+            del self.ids[seq & LAST_BITS][seq]
+            self._reached -= 1
             if run.locals is not None:
                 run.locals.pop()
             if run.seqs:
@@ -165,7 +181,7 @@ class RunTree:
             child.seqs.insert(0, seq)
             if run.locals is not None and child.locals is not None:
                 child.locals.insert(0, run.locals.pop())
-            self.ids[seq] = child.id
+            self.ids[seq & LAST_BITS][seq] = child.id
             return run
         head, tail = self.split(run, len(run.seqs) - 1)
         tail.mask = others
@@ -198,7 +214,7 @@ class RunTree:
             run.parent = self.root
             run.children = set()
             self.left.append(run)
-            self._unswept += len(run.seqs)
+            self._reached -= len(run.seqs)
 
     def sweep(self, limit: int) -> None:
         """Take out up to `limit` blocks that nobody reaches."""
@@ -208,9 +224,9 @@ class RunTree:
             del run.seqs[-limit:]
             limit -= len(part)
             for seq in part:
-                if self.ids.get(seq) == run.id:  # else somebody has stored it again
-                    del self.ids[seq]
-                    self._unswept -= 1
+                ids = self.ids[seq & LAST_BITS]
+                if ids.get(seq) == run.id:  # else somebody has stored it again
+                    del ids[seq]
             if not run.seqs:
                 self.left.pop()
                 self._free(run)
