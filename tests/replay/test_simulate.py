@@ -78,7 +78,6 @@ def test_nothing_is_left_when_all_is_done(policy):
     assert len(records) == simulation.totals.completed == 200
     assert all(worker.requests == worker.scheduler.pool.in_use == 0 for worker in simulation.workers)
     assert routing_details(simulation.routing).get("open_bookings", 0) == 0
-    assert not simulation._best_overlap
 
 
 def test_the_index_knows_exactly_what_the_engines_hold():
@@ -260,8 +259,29 @@ def test_memory_grows_with_live_requests_only():
     simulation, _ = simulate(crowd(count=600, num_prefix_groups=0), workers=2, policy="linear", num_blocks=256)
     routing = simulation.routing
     assert len(routing.index) <= 2 * 256
-    assert not simulation._best_overlap
     assert len(simulation._wakes) <= 8
+
+
+def test_requests_wait_at_the_router_while_all_workers_are_busy():
+    load = crowd(request_rate=500.0, input_tokens=4000)
+    config = KvRouterConfig(router_queue_threshold=1.0, router_queue_policy="wspt")
+    simulation, records = simulate(load, workers=2, policy="linear", config=config)
+    assert len(records) == 200
+    waited = [record for record in records if record.routed_s > record.arrived_s]
+    assert len(waited) > 50
+    assert all(record.admitted_s >= record.routed_s for record in records)
+    assert routing_details(simulation.routing)["queued"] == 0
+    _, direct = simulate(load, workers=2, policy="linear")
+    assert sum(r.ttft_s for r in records) < sum(r.ttft_s for r in direct)  # short ones do not wait for long ones
+
+
+def test_who_waits_too_long_is_refused_and_counted():
+    config = KvRouterConfig(router_queue_threshold=0.0)
+    load = [asked(i, 200_000, 5, 5000 * i) for i in range(40)]
+    simulation, records = simulate(load, policy="linear", config=config)
+    assert simulation.totals.refused > 0
+    assert len(records) + simulation.totals.refused == 40
+    assert max(record.routed_s - record.arrived_s for record in records) <= 60
 
 
 def test_output_blocks_count_where_they_are_tracked():

@@ -61,10 +61,12 @@ class ReplayedSequence(EngineSequence):
     __slots__ = (
         "_names",
         "admitted_at",
+        "best_overlap_tokens",
         "first_token_at",
         "output_blocks",
         "overlap_tokens",
         "request",
+        "routed_at",
         "second_token_at",
         "worker",
     )
@@ -78,6 +80,8 @@ class ReplayedSequence(EngineSequence):
         self.names = hashes
         self.worker = -1
         self.overlap_tokens = 0
+        self.best_overlap_tokens = 0
+        self.routed_at = now
         self.output_blocks = 0  # of its answer, as far as the router was told
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None

@@ -4,8 +4,10 @@ The KV router here is the one that serves: `KvScheduler` with its policies, `Tie
 events. The others know nothing of a prompt and are what it is compared with.
 """
 
+import math
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -15,9 +17,11 @@ from dynamo.mocker.batching import SchedulerConfig
 from dynamo.replay.prompts import ReplayedSequence
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies import POLICIES
+from dynamo.router.queue import RouterQueue
+from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.tier_index import TierIndex
-from dynamo.router.types import RouteRequest, WorkerKey, WorkerLimits
+from dynamo.router.types import Decision, RouteRequest, WorkerKey, WorkerLimits
 
 BASELINES = ("round-robin", "random", "least-loaded")
 
@@ -30,6 +34,10 @@ class Choice(msgspec.Struct, frozen=True):
     best_overlap_tokens: int = 0
 
 
+Placed = Callable[[ReplayedSequence, Choice, float], None]
+Refused = Callable[[ReplayedSequence, float], None]
+
+
 class Routing(Protocol):
     """What places requests. Every request it placed it hears of twice: at the first token, and at the end."""
 
@@ -37,8 +45,20 @@ class Routing(Protocol):
     wants_cache_events: bool
     wants_progress: bool
 
-    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
-        """Place a request."""
+    def connect(self, placed: Placed, refused: Refused) -> None:
+        """To be called once, before any request: whom to tell where requests go."""
+        ...
+
+    def route(self, sequence: ReplayedSequence, now: float) -> None:
+        """Place a request, now or later."""
+        ...
+
+    def next_deadline(self) -> float:
+        """When `tick` is to be called next; never, if nothing waits."""
+        ...
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
         ...
 
     def first_token(self, sequence: ReplayedSequence, now: float) -> None:
@@ -73,11 +93,22 @@ class _Blind:
         """A worker's position."""
         raise NotImplementedError
 
-    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
-        """See `Routing.choose`."""
+    def connect(self, placed: Placed, refused: Refused) -> None:
+        """See `Routing.connect`."""
+        self.placed = placed
+
+    def route(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Routing.route`."""
         worker = self.pick()
         self.inflight[worker] += 1
-        return Choice(worker)
+        self.placed(sequence, Choice(worker), now)
+
+    def next_deadline(self) -> float:
+        """Nothing waits."""
+        return math.inf
+
+    def tick(self, now: float) -> None:
+        """Nothing to do."""
 
     def first_token(self, sequence: ReplayedSequence, now: float) -> None:
         """Nothing to do."""
@@ -127,7 +158,7 @@ class LeastLoaded(RoundRobin):
 
 
 class KvRouting:
-    """The KV router with one of its policies. Cache events reach it `event_lag_s` after they happen."""
+    """The KV router with one of its policies, and its queue. Cache events reach it `event_lag_s` after they happen."""
 
     wants_cache_events = True
 
@@ -140,22 +171,30 @@ class KvRouting:
         event_lag_s: float = 0.0,
         seed: int = 0,
     ) -> None:
+        profile = load_profile(config)
+        config = configure(config, profile, None)
         self.block_size = limits.block_size
         self.index = TierIndex()
         self.scheduler = KvScheduler(limits.block_size, config, self.index, rng=random.Random(seed))
+        self.queue = RouterQueue(self.scheduler, profile)
         self.name = config.router_policy
+        self.wants_progress = config.router_track_output_blocks
         self._keys = [WorkerKey(worker) for worker in range(workers)]
         self._lag_s = event_lag_s
         self._under_way: deque[tuple[float, WorkerKey, list[KvEventData]]] = deque()
-        self.wants_progress = config.router_track_output_blocks
+        self._now = 0.0
         for key in self._keys:
             self.scheduler.add_worker(
                 key, WorkerLimits(limits.num_blocks, limits.max_num_batched_tokens, limits.max_num_seqs)
             )
 
-    def choose(self, sequence: ReplayedSequence, now: float) -> Choice:
-        """See `Routing.choose`."""
-        self._deliver(now)
+    def connect(self, placed: Placed, refused: Refused) -> None:
+        """See `Routing.connect`."""
+        self._placed, self._refused = placed, refused
+
+    def route(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Routing.route`."""
+        self._catch_up(now)
         request = RouteRequest(
             request_id=sequence.id,
             token_count=sequence.num_prompt,
@@ -164,13 +203,29 @@ class KvRouting:
             expected_output_tokens=sequence.max_tokens if self.wants_progress else None,
             arrived_at=now,
         )
-        decision = self.scheduler.select(request, now)
-        self.scheduler.book(request, decision, now)
-        return Choice(
-            decision.worker.worker_id,
-            decision.overlap.total * self.block_size,
-            decision.best_overlap_blocks * self.block_size,
-        )
+
+        def decided(decision: Decision) -> None:
+            size = self.block_size
+            choice = Choice(
+                decision.worker.worker_id, decision.overlap.total * size, decision.best_overlap_blocks * size
+            )
+            self._placed(sequence, choice, self._now)
+
+        self.queue.route(request, now, decided, lambda error: self._refused(sequence, self._now))
+
+    def next_deadline(self) -> float:
+        """See `Routing.next_deadline`."""
+        deadline = self.queue.next_deadline()
+        return math.inf if deadline is None else deadline
+
+    def tick(self, now: float) -> None:
+        """See `Routing.tick`."""
+        self._catch_up(now)
+        self.queue.pump(now)
+
+    def _catch_up(self, now: float) -> None:
+        self._now = now
+        self._deliver(now)
 
     def _deliver(self, now: float) -> None:
         due, apply = now - self._lag_s, self.index.apply
@@ -182,10 +237,14 @@ class KvRouting:
     def first_token(self, sequence: ReplayedSequence, now: float) -> None:
         """See `Routing.first_token`."""
         self.scheduler.prefill_done(sequence.id, now)
+        if self.queue.pending:
+            self.tick(now)
 
     def finished(self, sequence: ReplayedSequence, now: float) -> None:
         """See `Routing.finished`."""
         self.scheduler.free(sequence.id, now, sequence.num_output)
+        if self.queue.pending:
+            self.tick(now)
 
     def output_block(self, sequence: ReplayedSequence) -> None:
         """See `Routing.output_block`."""
@@ -223,5 +282,9 @@ def make_routing(
 def routing_details(routing: Routing) -> dict[str, Any]:
     """What the routing knows at the end, for checks: nothing may be left of finished requests."""
     if isinstance(routing, KvRouting):
-        return {"open_bookings": len(routing.scheduler.load.bookings), "index_blocks": len(routing.index)}
+        return {
+            "open_bookings": len(routing.scheduler.load.bookings),
+            "queued": routing.queue.pending,
+            "index_blocks": len(routing.index),
+        }
     return {}

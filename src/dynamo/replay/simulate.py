@@ -16,7 +16,7 @@ from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
 from dynamo.replay.measures import Distribution, Sample, Timeline
 from dynamo.replay.prompts import PromptNames, ReplayedSequence
-from dynamo.replay.routing import Routing
+from dynamo.replay.routing import Choice, Routing
 from dynamo.replay.traces import TraceError, TraceRequest
 from dynamo.replay.worker import NEVER, SimulatedWorker
 from dynamo.runtime.errors import InvalidArgument
@@ -50,6 +50,7 @@ class Record(msgspec.Struct, frozen=True):
     session_id: str | None
     turn: int
     arrived_s: float
+    routed_s: float
     admitted_s: float
     first_token_s: float
     second_token_s: float | None
@@ -92,6 +93,7 @@ class Totals:
         self.e2e_s = Distribution()
         self.speed = Distribution()
         self.requests = 0
+        self.refused = 0
         self.completed = 0
         self.good = 0
         self.good_tokens = 0
@@ -233,6 +235,7 @@ class Simulation:
         self.totals.per_worker = [0] * workers
         self.timeline = Timeline(sample_interval_s)
         self.now = 0.0
+        routing.connect(self._placed, self._refused)
         self._limits = limits
         self._names = PromptNames(limits.block_size)
         self._timing = timing or StepTiming()
@@ -248,7 +251,6 @@ class Simulation:
             for i in range(workers)
         ]
         self._wakes: list[tuple[float, int]] = []
-        self._best_overlap: dict[str, int] = {}
         self._on_record, self._on_sample, self._on_progress = on_record, on_sample, on_progress
         self._started_tokens = self._started_cached = 0
 
@@ -264,8 +266,8 @@ class Simulation:
         progress = 0
         while True:
             wake_at = wakes[0][0] if wakes else NEVER
-            arrive_at = arrivals.next_at
-            now = min(wake_at, arrive_at)
+            arrive_at, deadline = arrivals.next_at, self.routing.next_deadline()
+            now = min(wake_at, arrive_at, deadline)
             if now > until_s or now == NEVER:
                 break
             if timeline.due_at <= now:
@@ -273,8 +275,10 @@ class Simulation:
                     if self._on_sample:
                         self._on_sample(sample)
             self.now = now
-            if arrive_at <= wake_at:
+            if arrive_at == now:
                 self._arrive(arrivals.pop(), now)
+            elif deadline == now:
+                self.routing.tick(now)
             else:
                 worker = self.workers[heapq.heappop(wakes)[1]]
                 if worker.wakes_at == now:  # else it was put off or sooner, and has another entry
@@ -299,9 +303,12 @@ class Simulation:
         if self.routing.wants_cache_events:
             for worker in self.workers:
                 worker.sync(now)
-        choice = self.routing.choose(sequence, now)
-        sequence.worker, sequence.overlap_tokens = choice.worker, choice.overlap_tokens
-        self._best_overlap[sequence.id] = choice.best_overlap_tokens
+        self.routing.route(sequence, now)
+
+    def _placed(self, sequence: ReplayedSequence, choice: Choice, now: float) -> None:
+        sequence.worker = choice.worker
+        sequence.routed_at = now
+        sequence.overlap_tokens, sequence.best_overlap_tokens = choice.overlap_tokens, choice.best_overlap_tokens
         worker = self.workers[choice.worker]
         before = worker.wakes_at
         try:
@@ -310,6 +317,10 @@ class Simulation:
             raise TraceError(f"request {sequence.id} of the trace: {e}") from None
         if worker.wakes_at != before:
             self._note(worker)
+
+    def _refused(self, sequence: ReplayedSequence, now: float) -> None:
+        self.totals.refused += 1
+        self.arrivals.finished(sequence.request, now)
 
     # --- what workers tell
 
@@ -355,6 +366,7 @@ class Simulation:
             session_id=sequence.request.session_id,
             turn=sequence.request.turn,
             arrived_s=sequence.arrived_at,
+            routed_s=sequence.routed_at,
             admitted_s=sequence.admitted_at,
             first_token_s=sequence.first_token_at,
             second_token_s=sequence.second_token_at,
@@ -364,7 +376,7 @@ class Simulation:
             output_tokens=sequence.num_output,
             cached_tokens=sequence.num_cached or 0,
             overlap_tokens=sequence.overlap_tokens,
-            best_overlap_tokens=self._best_overlap.pop(sequence.id),
+            best_overlap_tokens=sequence.best_overlap_tokens,
             worker=sequence.worker,
         )
 
