@@ -21,7 +21,8 @@ from dynamo.router.levels import Level, cut_at_holes
 from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
 
 SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
-WALKED_RUNS = 8  # a look at the next run costs as much as one look of a bisection, which takes ten for 850 blocks
+WALKED_RUNS = 8  # going on to the next run costs two looks of a bisection, which takes ten for 850 blocks ...
+WALKED_BLOCKS = 8  # ... and where runs have so many blocks, they are the shorter way
 FEW_LEVELS = 4  # with more, it is cheaper to name each holder once than to look all sets up
 MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
 
@@ -142,17 +143,16 @@ class BlockIndex(Generic[H]):
     def reached(self, sequence: Sequence[int]) -> list[Level]:
         """As `levels`, as if there were no holes.
 
-        Goes along the first runs, of which most prompts have few; then takes about log2(length) looks a level.
+        Goes along the runs, of which most prompts have few; if they are short, bisects what is left.
         """
         levels: list[Level] = []
         if not sequence:
             return levels
         runs, ids, count = self._tree.runs, self._tree.ids, len(sequence)
         run = self._tree.run_of(sequence[0])
-        done, mask = 0, run.mask
-        for _ in range(WALKED_RUNS):
-            if not run.mask:
-                break
+        done, mask, walked = 0, run.mask, 0
+        while run.mask and walked < WALKED_RUNS + done // WALKED_BLOCKS:
+            walked += 1
             length = shared_length(run.seqs, 0, sequence, done)
             done += length
             if done == count or length < len(run.seqs):  # children follow a whole run, so nothing else does
