@@ -328,7 +328,7 @@ async def test_a_killed_server_is_left_at_once_and_the_other_answers(
     os.killpg(second_server.process.pid, signal.SIGKILL)
     began = time.monotonic()
     await served(frontend, 1)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8  # a lease would take 10 s; by itself it takes under 2
     bodies = [body async for body in finished(in_flight)]
     assert sorted(b"event: error" in body for body in bodies) == [False, True]
     status, _ = await post(frontend.url, "/v1/chat/completions", chat(max_tokens=9))
