@@ -350,6 +350,14 @@ class RouterQueue:
         self._leave(waiting)
         return True
 
+    def fail_all(self, error: DynamoException) -> None:
+        """Nobody will go any more."""
+        for queue in self._ring:
+            for lane in list(queue.lanes.values()):
+                for waiting in lane.entries():
+                    self._leave(waiting)
+                    waiting.on_error(error)
+
     # --- time
 
     def next_deadline(self) -> float | None:

@@ -93,6 +93,8 @@ class ReplicaBook:
         self.repaired = 0
         """Bookings that a digest showed to be missing, finished or too many."""
         self.invalid = 0
+        self.keys: set[str] = set()
+        """What requests of others are booked as here."""
         self._scheduler = scheduler
         self._load = scheduler.load
         self._ours: dict[int, tuple[str, list[int]]] = {}
@@ -194,6 +196,7 @@ class ReplicaBook:
         )
         if not add.prefilling:
             self._load.prefill_done(key)
+        self.keys.add(key)
         theirs.bookings[hashed] = key
         theirs.added_at[hashed] = sequence
         self._by_request[event.request_id] = key
@@ -222,6 +225,7 @@ class ReplicaBook:
         key = theirs.bookings.pop(hashed, None)
         theirs.added_at.pop(hashed, None)
         if key is not None:
+            self.keys.discard(key)
             self._load.free(key)
             self._by_request.pop(key.partition("/")[2], None)
 

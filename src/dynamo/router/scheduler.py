@@ -87,7 +87,7 @@ class KvScheduler:
         hashes = request.sequence_hashes
         held, most = self._positions.held(hashes, now)
         shared: Sequence[tuple[int, Collection[int]]] = ()
-        if self.config.router_track_active_blocks and self._assume_reuse(request):
+        if self.shares(request):
             shared = self.load.shared_blocks(hashes)
         return View(
             fleet=self.load,
@@ -214,11 +214,13 @@ class KvScheduler:
             return override.router_temperature
         return self.config.router_temperature
 
-    def _assume_reuse(self, request: RouteRequest) -> bool:
+    def shares(self, request: RouteRequest) -> bool:
+        """Whether the request's blocks count once with those of others that have them too [K31]."""
         override = request.override
+        reuse = self.config.router_assume_kv_reuse
         if override is not None and override.assume_kv_reuse is not None:
-            return override.assume_kv_reuse
-        return self.config.router_assume_kv_reuse
+            reuse = override.assume_kv_reuse
+        return reuse and self.config.router_track_active_blocks
 
     def _track_prefill(self, request: RouteRequest) -> bool:
         override = request.override
@@ -277,9 +279,7 @@ class KvScheduler:
         Raises:
             KeyError: the worker is gone, or the request's id is booked already.
         """
-        hashes: Sequence[int] = ()
-        if self.config.router_track_active_blocks and self._assume_reuse(request):
-            hashes = request.sequence_hashes
+        hashes: Sequence[int] = request.sequence_hashes if self.shares(request) else ()
         load = self.load
         if self.policy.learns:
             at = load.position[decision.worker]

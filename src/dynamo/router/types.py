@@ -106,6 +106,8 @@ class RouteRequest(msgspec.Struct, kw_only=True):
     policy_class: str | None = None
     expected_output_tokens: int | None = None
     session_id: str | None = None
+    session_final: bool = False
+    """The client says that this is the session's last request."""
     allowed: frozenset[WorkerKey] | None = None
     required_taints: frozenset[str] = frozenset()
     preferred_taints: Mapping[str, float] = {}

@@ -1,0 +1,491 @@
+"""How are the requests of one model routed by what workers have cached? (`--router-mode kv`)
+
+A `ModelRouter` brings together who is there (`FleetFeed`), what they hold (`KvEventFeed`, or a guess), how busy they
+are (`LoadFeed`, `ReplicaSync`), and the decision (`RouterQueue`, `KvScheduler`). `route` is a plain call: its answer
+comes in a callback, mostly before it returns, and no task is made for a request.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from time import perf_counter
+from typing import Any
+
+from dynamo.llm.model_card import ModelDeploymentCard, WorkerType
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.router.affinity import SessionAffinity
+from dynamo.router.approximate import ApproximateIndex, PredictingIndex
+from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
+from dynamo.router.event_feed import KvEventFeed
+from dynamo.router.fleet_feed import FleetFeed
+from dynamo.router.load_feed import LoadFeed
+from dynamo.router.overload import Overload
+from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue, Waiting
+from dynamo.router.queue_profile import configure, load_profile
+from dynamo.router.replica_sync import ReplicaSync
+from dynamo.router.route_request import route_request
+from dynamo.router.scheduler import KvScheduler
+from dynamo.router.stats import RouterStats
+from dynamo.router.status import router_status
+from dynamo.router.tier_index import TierIndex
+from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
+from dynamo.router.worker_reports import WorkerReports
+from dynamo.runtime.component import Endpoint
+from dynamo.runtime.distributed import DistributedRuntime
+from dynamo.runtime.errors import DynamoException, InvalidArgument, WorkerUnavailable
+from dynamo.runtime.options import env_number
+
+log = logging.getLogger(__name__)
+
+TICK_S = 1.0
+SOFT_BATCHES = 4  # engine steps' worth of queued prompt tokens from which a soft session goes elsewhere; about a second
+
+
+class Ticket:
+    """One request on its way: in the queue, at a worker, or over. All calls may be made at any time, and repeated."""
+
+    __slots__ = ("_router", "_started_at", "_waiting", "decision", "first_token_at", "request")
+
+    def __init__(self, router: "ModelRouter", request: RouteRequest) -> None:
+        self._router = router
+        self._waiting: Waiting | None = None
+        self._started_at = 0.0
+        self.request = request
+        self.decision: Decision | None = None
+        """Where it was sent; None while it is not."""
+        self.first_token_at: float | None = None
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: no callback follows, and nothing stays booked."""
+        if self._waiting is not None:
+            self._router.queue.cancel(self._waiting)
+        self.free()
+
+    def first_token(self) -> None:
+        """The worker made its first token: its prompt is computed."""
+        if self.first_token_at is None and self.decision is not None:
+            self._router._first_token(self)
+
+    def output_block(self) -> None:
+        """It generated one more block of tokens [K30]."""
+        self._router.scheduler.output_block(self.request.request_id)
+
+    def free(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
+        """It ended, however it did. `output_tokens` of one that ended in order, `cached_tokens` as the worker said."""
+        self._router._free(self, output_tokens, cached_tokens)
+
+
+class ModelRouter:
+    """Routes the requests of the workers of one endpoint that serve one model. Needs a running event loop.
+
+    Args:
+        card: the model's; workers with another checksum are not its. None: every instance of the endpoint is.
+        block_size: of the workers' KV cache, in tokens, if not the card's.
+        keep_contents: so that `dump_events` works; 8 bytes a block more.
+
+    Raises:
+        InvalidArgument: nobody says how large a KV block is.
+        ValueError: the policy file, or a variable of the environment, says what cannot be meant.
+    """
+
+    def __init__(
+        self,
+        runtime: DistributedRuntime,
+        endpoint: Endpoint,
+        card: ModelDeploymentCard | None,
+        config: RouterConfig,
+        *,
+        block_size: int | None = None,
+        keep_contents: bool = False,
+    ) -> None:
+        self._runtime = runtime
+        self._endpoint = endpoint
+        self._card = card
+        self.name = card.display_name if card is not None else endpoint.path
+        self.block_size = self._block_size(block_size)
+        asked = config.config or KvRouterConfig()
+        profile = load_profile(asked)
+        prefill = card is not None and card.worker_type is WorkerType.Prefill
+        selection = asked.router_prefill_policy if prefill else asked.router_decode_policy
+        self.config = configure(asked, profile, selection)
+        self.stats = RouterStats()
+        self.index: TierIndex | None = None
+        self.guess: ApproximateIndex | None = None
+        source = self._make_source(keep_contents)
+        self.scheduler = KvScheduler(self.block_size, self.config, _Timed(source, self.stats))
+        refresh_s = env_number("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS", 0.0)
+        self.queue = RouterQueue(
+            self.scheduler,
+            profile,
+            timeout_s=env_number("DYN_ROUTER_QUEUE_TIMEOUT_SECS", TIMEOUT_S),
+            refresh_after_s=refresh_s or None,
+        )
+        self.overload = Overload(self.scheduler, config.thresholds)
+        self.reports = WorkerReports(self.scheduler.load)
+        self.affinity: SessionAffinity | None = None
+        if config.session_affinity_ttl_secs is not None:
+            self.affinity = SessionAffinity(config.session_affinity_ttl_secs, config.session_affinity_mode)
+        self.silent: dict[WorkerKey, str] = {}
+        """Workers whose cache cannot be known, and why."""
+        self.feed: KvEventFeed | None = None
+        self.sync: ReplicaSync | None = None
+        self._fleet: FleetFeed | None = None
+        self._load_feed: LoadFeed | None = None
+        self._workers: dict[int, list[WorkerKey]] = {}
+        self._tickets: dict[str, Ticket] = {}
+        self._loop = asyncio.get_running_loop()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._ticking: asyncio.Task[None] | None = None
+
+    def _block_size(self, given: int | None) -> int:
+        size = given if given is not None else self._card.kv_cache_block_size if self._card is not None else None
+        if size is None or size < 1:
+            raise InvalidArgument(
+                f"--router-mode kv cannot work for {self.name}: its workers do not say how large a KV block is "
+                "(kv_cache_block_size of register_model). Start them with it, or use another router mode",
+                "kv_cache_block_size",
+            )
+        return size
+
+    def _make_source(self, keep_contents: bool) -> OverlapSource:
+        config = self.config
+        if not config.use_kv_events:
+            by_age = config.router_approximate_cache_policy == "ttl"
+            self.guess = ApproximateIndex(config.router_ttl_secs if by_age else None)
+            return self.guess
+        self.index = TierIndex(keep_contents=keep_contents)
+        if config.router_predicted_ttl_secs is None:
+            return self.index
+        self.guess = ApproximateIndex(config.router_predicted_ttl_secs)
+        return PredictingIndex(self.index, self.guess)
+
+    # --- begin and end
+
+    async def start(self) -> None:
+        """Meet the workers of now, and follow the others. Raises DiscoveryError, or what the event plane raises."""
+        runtime, endpoint = self._runtime, self._endpoint
+        try:
+            if self.index is not None:
+                self.feed = KvEventFeed(runtime, endpoint, self.index, self.block_size)
+                await self.feed.start()
+            self._load_feed = LoadFeed(runtime, endpoint, self.reports, self._pump)
+            await self._load_feed.start()
+            if self.config.router_replica_sync:
+                self.sync = ReplicaSync(runtime, endpoint, self.scheduler, affinity=self.affinity, on_change=self._pump)
+                await self.sync.start()
+            client = await endpoint.client()
+            belongs = None if self._card is None else self._belongs
+            self._fleet = FleetFeed(runtime.discovery, endpoint.address, client, belongs, self._fleet_changed)
+            await self._fleet.start()
+        except BaseException:
+            await self.close()
+            raise
+        self._fleet_changed()
+        self._ticking = self._loop.create_task(self._tick(), name=f"router {self.name}")
+
+    def _belongs(self, card: ModelDeploymentCard) -> bool:
+        assert self._card is not None
+        return card.checksum == self._card.checksum
+
+    async def close(self) -> None:
+        """Follow nothing any more; whoever still waits is told. Safe to call twice."""
+        self.queue.fail_all(WorkerUnavailable(f"the router of {self.name} is closing"))
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._ticking is not None:
+            self._ticking.cancel()
+            await asyncio.gather(self._ticking, return_exceptions=True)
+        for part in (self._fleet, self.sync, self._load_feed, self.feed):
+            if part is not None:
+                await part.close()
+        self._fleet = self.sync = self._load_feed = self.feed = None
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            now = self._loop.time()
+            self.reports.expire(now)
+            gone = self.scheduler.expire(now, self._is_open)
+            if gone:
+                self.stats.leaked_bookings += len(gone)
+                log.warning(
+                    "%d bookings of %s were never freed and are dropped, first %s", len(gone), self.name, gone[0]
+                )
+            if self.affinity is not None:
+                self.affinity.expire(now)
+            self._pump()
+
+    def _is_open(self, request_id: str) -> bool:
+        return request_id in self._tickets or (self.sync is not None and request_id in self.sync.book.keys)
+
+    # --- who is there
+
+    def _fleet_changed(self) -> None:
+        assert self._fleet is not None
+        wanted, load = self._fleet.ranks(), self.scheduler.load
+        for worker in [worker for worker in load.workers if worker not in wanted]:
+            self._worker_left(worker)
+        now = self._loop.time()
+        for worker, limits in wanted.items():
+            joined = worker not in load.position
+            self.scheduler.add_worker(worker, limits)
+            if self.guess is not None:
+                self.guess.set_capacity(worker, limits.total_blocks)
+            if joined and self.sync is not None:
+                self.sync.book.worker_joined(worker, now)
+        unavailable = self._fleet.unavailable()
+        self.scheduler.suspended = {worker for worker in wanted if worker.worker_id in unavailable}
+        self._workers = {}
+        for worker in wanted:
+            self._workers.setdefault(worker.worker_id, []).append(worker)
+        self._check_cards()
+        self._pump()
+
+    def _worker_left(self, worker: WorkerKey) -> None:
+        self.scheduler.remove_worker(worker)
+        self.reports.forget(worker)
+        self.silent.pop(worker, None)
+        if self.guess is not None:
+            self.guess.remove_worker(worker)
+        if self.affinity is not None:
+            self.affinity.forget(worker)
+
+    def _check_cards(self) -> None:
+        """Say loudly of whose cache nothing will ever be known."""
+        assert self._fleet is not None
+        for worker_id, card in self._fleet.cards().items():
+            why = self._why_silent(card)
+            for worker in self._workers.get(worker_id, ()):
+                if why is None:
+                    self.silent.pop(worker, None)
+                elif self.silent.get(worker) != why:
+                    self.silent[worker] = why
+                    log.error(
+                        "KV routing of %s does not know what worker %x, rank %d has cached: %s",
+                        self.name,
+                        *worker,
+                        why,
+                    )
+
+    def _why_silent(self, card: ModelDeploymentCard) -> str | None:
+        size = card.kv_cache_block_size
+        if size is not None and size != self.block_size:
+            return f"its KV blocks have {size} tokens, this router's {self.block_size}. Give both the same size"
+        if self.index is not None and not card.runtime_config.kv_event_publishing_enabled:
+            return (
+                "it publishes no KV events, so requests go there by load alone. Start it with prefix caching and KV "
+                "events, or this router with --no-router-kv-events to guess from what it sends"
+            )
+        return None
+
+    # --- routing
+
+    def request(
+        self, request_id: str, request: PreprocessedRequest, metadata: dict[str, str] | None = None
+    ) -> RouteRequest:
+        """What `route` takes, from what the engine will get. Hashes the prompt: once a request.
+
+        Raises InvalidArgument as `route_request`.
+        """
+        eagle = self._card is not None and self._card.runtime_config.enable_eagle
+        return route_request(
+            request_id,
+            request,
+            self.block_size,
+            self._workers,
+            metadata=metadata,
+            is_eagle=eagle,
+            stats=self.stats,
+        )
+
+    def ranks_of(self, worker_id: int) -> Sequence[WorkerKey]:
+        """A worker's ranks; none of an unknown one."""
+        return self._workers.get(worker_id, ())
+
+    def route(
+        self, request: RouteRequest, on_decision: OnDecision, on_error: OnError, *, explain: bool = False
+    ) -> Ticket:
+        """Choose a worker, now or when one has room. Calls exactly one of the two, perhaps before it returns, unless
+        the ticket is cancelled first. From `on_decision` on the ticket must be freed at the end.
+
+        The error is WorkerUnavailable (nobody can take it), WorkerOverloaded (all are busy) or
+        RouterQueueLimitExceeded (no room to wait, or waited too long).
+        """
+        start = perf_counter()
+        if self._fleet is not None and self._fleet.stale:
+            self._fleet.flush()
+        now = self._loop.time()
+        self.stats.requests += 1
+        self.stats.input_sequence_tokens.observe(request.token_count)
+        request.request_id = self._unique(request.request_id)
+        request.arrived_at = now
+        ticket = Ticket(self, request)
+        self._tickets[request.request_id] = ticket
+
+        def decided(decision: Decision) -> None:
+            self._decided(ticket, decision)
+            on_decision(decision)
+
+        def failed(error: DynamoException) -> None:
+            self._tickets.pop(request.request_id, None)
+            self.stats.errors += 1
+            on_error(error)
+
+        self._keep_to_session(request, now)
+        try:
+            self.overload.check(request)
+        except DynamoException as e:
+            failed(e)
+            return ticket
+        explain = explain or log.isEnabledFor(logging.DEBUG)
+        begin = perf_counter()
+        ticket._waiting = self.queue.route(request, now, _timed(decided, begin, self.stats), failed, explain=explain)
+        self._arm()
+        self.stats.total_ms.observe((perf_counter() - start) * 1000)
+        return ticket
+
+    def _unique(self, request_id: str) -> str:
+        """Clients may give two requests one id."""
+        if request_id not in self._tickets and request_id not in self.scheduler.load.bookings:
+            return request_id
+        number = 2
+        while (name := f"{request_id}#{number}") in self._tickets or name in self.scheduler.load.bookings:
+            number += 1
+        return name
+
+    def _keep_to_session(self, request: RouteRequest, now: float) -> None:
+        if self.affinity is None or request.session_id is None:
+            return
+        worker = self.affinity.worker(request.session_id, now)
+        at = self.scheduler.load.position.get(worker) if worker is not None else None
+        if worker is None or at is None or worker in self.scheduler.suspended:
+            return
+        if request.allowed is not None and worker not in request.allowed:
+            return
+        if self.affinity.mode == "soft" and self._is_full(at):
+            return
+        request.allowed = frozenset((worker,))
+
+    def _is_full(self, at: int) -> bool:
+        load = self.scheduler.load
+        batch = load.limits[at].max_batched_tokens or DEFAULT_BATCH_TOKENS
+        return load.prefill_tokens[at] > SOFT_BATCHES * batch or self.overload.busy(at)
+
+    def _decided(self, ticket: Ticket, decision: Decision) -> None:
+        request = ticket.request
+        ticket.decision = decision
+        ticket._started_at = now = self._loop.time()
+        self.stats.decided(decision, request.token_count, self.block_size)
+        if self.affinity is not None and request.session_id is not None:
+            if request.session_final:
+                self.affinity.end(request.session_id)
+            else:
+                self.affinity.bind(request.session_id, decision.worker, now)
+        if self.sync is not None:
+            shared = request.sequence_hashes if self.scheduler.shares(request) else ()
+            self.sync.booked(self.scheduler.load.bookings[request.request_id], list(shared))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("request %s of %s: %s", request.request_id, self.name, decision.explanation)
+
+    # --- the life of a request
+
+    def _first_token(self, ticket: Ticket) -> None:
+        ticket.first_token_at = now = self._loop.time()
+        self.stats.time_to_first_token_seconds.observe(now - ticket.request.arrived_at)
+        request_id = ticket.request.request_id
+        self.scheduler.prefill_done(request_id, now)
+        booking = self.scheduler.load.bookings.get(request_id)
+        if self.sync is not None and booking is not None:
+            self.sync.prefill_done(booking)
+        self._pump()
+
+    def _free(self, ticket: Ticket, output_tokens: int | None, cached_tokens: int | None) -> None:
+        request_id = ticket.request.request_id
+        if self._tickets.get(request_id) is not ticket:
+            return
+        del self._tickets[request_id]
+        now = self._loop.time()
+        if output_tokens:
+            self.stats.output_sequence_tokens.observe(output_tokens)
+            if output_tokens > 1 and ticket.first_token_at is not None:
+                self.stats.inter_token_latency_seconds.observe((now - ticket.first_token_at) / (output_tokens - 1))
+        self.stats.worker_reused_tokens += cached_tokens or 0
+        booking = self.scheduler.free(request_id, now, output_tokens)
+        if self.sync is not None and booking is not None:
+            self.sync.freed(booking)
+        self._pump()
+
+    # --- the queue
+
+    def _pump(self) -> None:
+        if self.queue.pending:
+            self.queue.pump(self._loop.time())
+            self._arm()
+
+    def _arm(self) -> None:
+        """Come back when somebody has waited too long."""
+        if not self.queue.pending:
+            return
+        deadline = self.queue.next_deadline()
+        if deadline is None or (self._deadline is not None and self._deadline.when() == deadline):
+            return
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = self._loop.call_at(deadline, self._on_deadline)
+
+    def _on_deadline(self) -> None:
+        self._deadline = None
+        self.queue.expire(self._loop.time())
+        self._arm()
+
+    # --- what is known of it
+
+    @property
+    def thresholds(self) -> LoadThresholdConfig:
+        """When a worker counts as busy; may be set."""
+        return self.overload.thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: LoadThresholdConfig) -> None:
+        self.overload.thresholds = thresholds
+
+    def status(self) -> dict[str, Any]:
+        """All that an operator may ask: what is in effect, who is there and how busy, and what is amiss."""
+        return router_status(self)
+
+
+class _Timed:
+    """An overlap source, with what each look costs."""
+
+    def __init__(self, source: OverlapSource, stats: RouterStats) -> None:
+        self._stats = stats
+        self._find = source.find
+        groups: Callable[..., Any] | None = getattr(source, "groups", None)
+        if groups is not None:
+            self._groups = groups
+            self.groups = self._timed_groups
+        routed: Callable[[WorkerKey, Sequence[int], float], None] | None = getattr(source, "routed", None)
+        if routed is not None:
+            self.routed = routed
+
+    def find(self, sequence_hashes: Sequence[int], now: float) -> dict[WorkerKey, Any]:
+        """See `OverlapSource`."""
+        start = perf_counter()
+        found = self._find(sequence_hashes, now)
+        self._stats.find_matches_ms.observe((perf_counter() - start) * 1000)
+        return found
+
+    def _timed_groups(self, sequence_hashes: Sequence[int], now: float) -> Any:
+        start = perf_counter()
+        found = self._groups(sequence_hashes, now)
+        self._stats.find_matches_ms.observe((perf_counter() - start) * 1000)
+        return found
+
+
+def _timed(decided: OnDecision, begin: float, stats: RouterStats) -> OnDecision:
+    def timed(decision: Decision) -> None:
+        if not decision.queued_ms:
+            stats.scheduling_ms.observe((perf_counter() - begin) * 1000)
+        decided(decision)
+
+    return timed

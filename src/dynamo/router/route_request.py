@@ -1,0 +1,121 @@
+"""What does the router have to know of a request that an engine will get?
+
+A prompt is hashed once, here; the hashes go with the request to everybody who asks for them.
+"""
+
+from collections.abc import Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from dynamo.llm.block_hash import BlockMmInfo, compute_block_hash_for_seq, sequence_hashes
+from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
+from dynamo.router.stats import RouterStats
+from dynamo.router.types import RouteRequest, RouterOverride, WorkerKey
+from dynamo.runtime.errors import InvalidArgument
+
+POLICY_CLASS = "policy-class"  # the request's metadata word for its policy class (header x-dynamo-meta-policy-class)
+_EMPTY = Routing()
+
+
+def hash_prompt(
+    token_ids: Sequence[int],
+    block_size: int,
+    stats: RouterStats | None = None,
+    *,
+    block_mm_infos: Sequence[BlockMmInfo | None] | None = None,
+    lora_name: str | None = None,
+    is_eagle: bool | None = None,
+    cache_namespace: str | None = None,
+) -> list[int]:
+    """The sequence hashes of a prompt's full blocks. Raises InvalidArgument as `compute_block_hash_for_seq`."""
+    start = perf_counter()
+    local_hashes = compute_block_hash_for_seq(
+        token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace
+    )
+    middle = perf_counter()
+    hashes = sequence_hashes(local_hashes)
+    if stats is not None:
+        stats.block_hashing_ms.observe((middle - start) * 1000)
+        stats.seq_hashing_ms.observe((perf_counter() - middle) * 1000)
+    return hashes
+
+
+def route_request(
+    request_id: str,
+    request: PreprocessedRequest,
+    block_size: int,
+    workers: Mapping[int, Sequence[WorkerKey]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    is_eagle: bool = False,
+    stats: RouterStats | None = None,
+) -> RouteRequest:
+    """Read a preprocessed request. `workers` are the ranks of each worker, for pins to a worker.
+
+    Raises:
+        InvalidArgument: an override that cannot be meant, or a rank without a worker where ranks are not alike.
+    """
+    routing = request.routing or _EMPTY
+    hashes = hash_prompt(
+        request.token_ids,
+        block_size,
+        stats,
+        lora_name=routing.lora_name,
+        is_eagle=is_eagle,
+        cache_namespace=routing.cache_salt,
+    )
+    return RouteRequest(
+        request_id=request_id,
+        token_count=len(request.token_ids),
+        sequence_hashes=hashes,
+        priority_jump=_priority(routing),
+        strict_priority=routing.strict_priority or 0,
+        policy_class=metadata.get(POLICY_CLASS) if metadata else None,
+        expected_output_tokens=routing.expected_output_tokens,
+        session_id=_session(request.agent_context),
+        session_final=_is_final(request.agent_context),
+        allowed=pinned(routing, workers),
+        override=RouterOverride.parse(request.router_config_override) if request.router_config_override else None,
+    )
+
+
+def _priority(routing: Routing) -> float:
+    if routing.priority_jump is not None:
+        return routing.priority_jump
+    return float(routing.priority or 0)
+
+
+def _session(agent_context: Mapping[str, Any] | None) -> str | None:
+    session = agent_context.get("session_id") if agent_context else None
+    return session if isinstance(session, str) and session else None
+
+
+def _is_final(agent_context: Mapping[str, Any] | None) -> bool:
+    return agent_context is not None and agent_context.get("session_final") in (True, "true", "True", "1")
+
+
+def pinned(routing: Routing, workers: Mapping[int, Sequence[WorkerKey]]) -> frozenset[WorkerKey] | None:
+    """The ranks that a request names, by worker, by rank, or by both [N5]; None if it names none."""
+    worker_id = routing.backend_instance_id
+    if worker_id is None:
+        worker_id = routing.decode_worker_id
+    return pin(worker_id, routing.dp_rank, workers)
+
+
+def pin(
+    worker_id: int | None, dp_rank: int | None, workers: Mapping[int, Sequence[WorkerKey]]
+) -> frozenset[WorkerKey] | None:
+    """The ranks of that worker, or of that number at every worker. An unknown worker stands for itself: nobody.
+
+    Raises InvalidArgument for a rank that no worker has.
+    """
+    if worker_id is None:
+        if dp_rank is None:
+            return None
+        ranks = frozenset(key for keys in workers.values() for key in keys if key.dp_rank == dp_rank)
+        if not ranks and workers:
+            raise InvalidArgument(f"dp_rank {dp_rank} is no worker's", "nvext.dp_rank")
+        return ranks
+    if dp_rank is not None:
+        return frozenset((WorkerKey(worker_id, dp_rank),))
+    return frozenset(workers.get(worker_id) or (WorkerKey(worker_id),))
