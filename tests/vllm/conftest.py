@@ -32,10 +32,10 @@ def vllm_answers(weights_dir: Path, lora_dir: Path, tmp_path_factory: pytest.Tem
     flags = {"dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 32}
     environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
-    script = Path(__file__).parent / "vllm_reference.py"
+    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, script, weights_dir, lora_dir, json.dumps(flags), out],
-        env=environ, capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, check=False,
+        [sys.executable, "-m", "tests.vllm.vllm_reference", weights_dir, lora_dir, json.dumps(flags), out],
+        cwd=root, env=environ, capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     answers: dict[str, Any] = json.loads(out.read_bytes())

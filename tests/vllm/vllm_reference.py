@@ -1,6 +1,6 @@
 """What do vLLM's own offline interface, and for LoRA the merged weights, answer to the cases?
 
-usage: vllm_reference.py MODEL LORA_DIR FLAGS_JSON OUT.json
+usage: python -m tests.vllm.vllm_reference MODEL LORA_DIR FLAGS_JSON OUT.json
 """
 
 import json
