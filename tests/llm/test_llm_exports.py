@@ -14,14 +14,18 @@ def test_every_name_can_be_had(name: str) -> None:
 
 
 def test_names_of_the_router_are_found_there() -> None:
+    from dynamo.router.kv_router import KvRouter
     from dynamo.router.publisher import KvEventPublisher
 
     assert dynamo.llm.KvEventPublisher is KvEventPublisher
+    assert dynamo.llm.KvRouter is KvRouter
+    for name in ("KvRouterConfig", "LoadThresholdConfig", "RouterConfig", "RoutingConstraints"):
+        assert getattr(dynamo.llm, name).__name__ == name
 
 
 def test_a_name_of_a_later_version_says_so() -> None:
-    with pytest.raises(AttributeError, match=r"dynamo\.llm\.KvRouter is not in this version"):
-        _ = dynamo.llm.KvRouter
+    with pytest.raises(AttributeError, match=r"dynamo\.llm\.KvDcRelay is not in this version"):
+        _ = dynamo.llm.KvDcRelay
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

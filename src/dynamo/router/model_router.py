@@ -7,7 +7,7 @@ comes in a callback, mostly before it returns, and no task is made for a request
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
 
@@ -28,6 +28,7 @@ from dynamo.router.scheduler import KvScheduler
 from dynamo.router.stats import RouterStats
 from dynamo.router.status import router_status
 from dynamo.router.tier_index import TierIndex
+from dynamo.router.timed_source import TimedSource
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
 from dynamo.router.worker_reports import WorkerReports
 from dynamo.runtime.component import Endpoint
@@ -44,13 +45,14 @@ SOFT_BATCHES = 4  # engine steps' worth of queued prompt tokens from which a sof
 class Ticket:
     """One request on its way: in the queue, at a worker, or over. All calls may be made at any time, and repeated."""
 
-    __slots__ = ("_router", "_started_at", "_waiting", "decision", "first_token_at", "request")
+    __slots__ = ("_router", "_waiting", "decision", "expires", "first_token_at", "request")
 
-    def __init__(self, router: "ModelRouter", request: RouteRequest) -> None:
+    def __init__(self, router: "ModelRouter", request: RouteRequest, expires: bool) -> None:
         self._router = router
         self._waiting: Waiting | None = None
-        self._started_at = 0.0
         self.request = request
+        self.expires = expires
+        """Whether its owner may forget it: then it ends by itself after `active_request_expiry_secs`."""
         self.decision: Decision | None = None
         """Where it was sent; None while it is not."""
         self.first_token_at: float | None = None
@@ -112,7 +114,7 @@ class ModelRouter:
         self.index: TierIndex | None = None
         self.guess: ApproximateIndex | None = None
         source = self._make_source(keep_contents)
-        self.scheduler = KvScheduler(self.block_size, self.config, _Timed(source, self.stats))
+        self.scheduler = KvScheduler(self.block_size, self.config, TimedSource(source, self.stats))
         refresh_s = env_number("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS", 0.0)
         self.queue = RouterQueue(
             self.scheduler,
@@ -208,6 +210,8 @@ class ModelRouter:
             gone = self.scheduler.expire(now, self._is_open)
             if gone:
                 self.stats.leaked_bookings += len(gone)
+                for request_id in gone:
+                    self._tickets.pop(request_id, None)
                 log.warning(
                     "%d bookings of %s were never freed and are dropped, first %s", len(gone), self.name, gone[0]
                 )
@@ -216,7 +220,10 @@ class ModelRouter:
             self._pump()
 
     def _is_open(self, request_id: str) -> bool:
-        return request_id in self._tickets or (self.sync is not None and request_id in self.sync.book.keys)
+        ticket = self._tickets.get(request_id)
+        if ticket is not None:
+            return not ticket.expires
+        return self.sync is not None and request_id in self.sync.book.keys
 
     # --- who is there
 
@@ -303,7 +310,13 @@ class ModelRouter:
         return self._workers.get(worker_id, ())
 
     def route(
-        self, request: RouteRequest, on_decision: OnDecision, on_error: OnError, *, explain: bool = False
+        self,
+        request: RouteRequest,
+        on_decision: OnDecision,
+        on_error: OnError,
+        *,
+        explain: bool = False,
+        expires: bool = False,
     ) -> Ticket:
         """Choose a worker, now or when one has room. Calls exactly one of the two, perhaps before it returns, unless
         the ticket is cancelled first. From `on_decision` on the ticket must be freed at the end.
@@ -319,7 +332,7 @@ class ModelRouter:
         self.stats.input_sequence_tokens.observe(request.token_count)
         request.request_id = self._unique(request.request_id)
         request.arrived_at = now
-        ticket = Ticket(self, request)
+        ticket = Ticket(self, request, expires)
         self._tickets[request.request_id] = ticket
 
         def decided(decision: Decision) -> None:
@@ -343,6 +356,10 @@ class ModelRouter:
         self._arm()
         self.stats.total_ms.observe((perf_counter() - start) * 1000)
         return ticket
+
+    def ticket(self, request_id: str) -> Ticket | None:
+        """The request of that id, queued or at a worker."""
+        return self._tickets.get(request_id)
 
     def _unique(self, request_id: str) -> str:
         """Clients may give two requests one id."""
@@ -374,7 +391,7 @@ class ModelRouter:
     def _decided(self, ticket: Ticket, decision: Decision) -> None:
         request = ticket.request
         ticket.decision = decision
-        ticket._started_at = now = self._loop.time()
+        now = self._loop.time()
         self.stats.decided(decision, request.token_count, self.block_size)
         if self.affinity is not None and request.session_id is not None:
             if request.session_final:
@@ -452,34 +469,6 @@ class ModelRouter:
     def status(self) -> dict[str, Any]:
         """All that an operator may ask: what is in effect, who is there and how busy, and what is amiss."""
         return router_status(self)
-
-
-class _Timed:
-    """An overlap source, with what each look costs."""
-
-    def __init__(self, source: OverlapSource, stats: RouterStats) -> None:
-        self._stats = stats
-        self._find = source.find
-        groups: Callable[..., Any] | None = getattr(source, "groups", None)
-        if groups is not None:
-            self._groups = groups
-            self.groups = self._timed_groups
-        routed: Callable[[WorkerKey, Sequence[int], float], None] | None = getattr(source, "routed", None)
-        if routed is not None:
-            self.routed = routed
-
-    def find(self, sequence_hashes: Sequence[int], now: float) -> dict[WorkerKey, Any]:
-        """See `OverlapSource`."""
-        start = perf_counter()
-        found = self._find(sequence_hashes, now)
-        self._stats.find_matches_ms.observe((perf_counter() - start) * 1000)
-        return found
-
-    def _timed_groups(self, sequence_hashes: Sequence[int], now: float) -> Any:
-        start = perf_counter()
-        found = self._groups(sequence_hashes, now)
-        self._stats.find_matches_ms.observe((perf_counter() - start) * 1000)
-        return found
 
 
 def _timed(decided: OnDecision, begin: float, stats: RouterStats) -> OnDecision:
