@@ -11,6 +11,7 @@ from dynamo.vllm import args, cpu
 from dynamo.vllm.engine import choose_driver
 from dynamo.vllm.main import why
 
+MODEL = "tiny"  # the name of `model_dir`'s directory
 SMALL, LARGE = 13 * 2**20, 16 * 2**30
 
 
@@ -126,17 +127,26 @@ def test_a_driver_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 class TestVllmsOwnFlags:
     """Parsed by vLLM's own parser, which is imported once for all of these."""
 
+    @pytest.fixture(autouse=True)
+    def may_ask_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An earlier test may have started an engine without the hub; vLLM would then look for org/model here."""
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    @pytest.fixture(autouse=True)
+    def in_the_models_directory(self, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(model_dir.parent)
+
     def options(self, *words: str) -> args.VllmOptions:
-        return args.engine_options(args.parse_ours(["--model", "org/model", *words]))
+        return args.engine_options(args.parse_ours(["--model", MODEL, *words]))
 
     def test_they_reach_the_engine(self) -> None:
         engine = self.options("--max_model_len", "4096", "--block-size=64", "--kv-events-config.topic", "x").engine_args
-        assert (engine.model, engine.max_model_len, engine.block_size) == ("org/model", 4096, 64)
+        assert (engine.model, engine.max_model_len, engine.block_size) == (MODEL, 4096, 64)
         assert engine.kv_events_config.topic == "x"
 
     def test_the_first_served_name_is_the_name_and_the_others_aliases(self) -> None:
         assert self.options("--served-model-name", "a", "b").served_model_names == ["a", "b"]
-        assert self.options().served_model_names == ["org/model"]
+        assert self.options().served_model_names == [MODEL]
 
     @pytest.mark.parametrize(
         ("word", "near"), [("--max-modle-len", "--max-model-len"), ("--namespacee", "--namespace")]
@@ -173,9 +183,8 @@ class TestVllmsOwnFlags:
         args.settle(options, model_dir)
         assert options.engine_args.dtype == "bfloat16"
 
-    def test_why_vllm_does_not_start_is_one_line_without_pydantics_frame(self, model_dir: Path) -> None:
+    def test_why_vllm_does_not_start_is_one_line_without_pydantics_frame(self) -> None:
         engine_args = self.options("--tensor-parallel-size", "0").engine_args
-        engine_args.model = str(model_dir)
         with pytest.raises(ValueError) as refused:  # noqa: PT011 - pydantic's, whose text is what this is about
             engine_args.create_engine_config()
         assert "\n" in str(refused.value)
