@@ -336,10 +336,9 @@ async def test_a_killed_process_is_noticed_and_nothing_is_left(running: Running)
         running.engine.submit("late", request(words(71, 8)))
     await running.engine.stop()
     async with asyncio.timeout(20):
-        while alive(engine_processes):  # noqa: ASYNC110 - processes tell no event
-            await asyncio.sleep(0.1)
+        while alive(engine_processes) or still_there(segments):  # noqa: ASYNC110 - processes tell no event
+            await asyncio.sleep(0.1)  # what a killed process had in shared memory is freed by another, a little later
     assert len(running.seen.deaths) == 1
-    assert still_there(segments) == []
 
 
 async def ask(running: Running, name: str, wanted: Any) -> list[EngineOutput]:
