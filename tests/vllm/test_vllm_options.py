@@ -128,11 +128,6 @@ class TestVllmsOwnFlags:
     """Parsed by vLLM's own parser, which is imported once for all of these."""
 
     @pytest.fixture(autouse=True)
-    def may_ask_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """An earlier test may have started an engine without the hub; vLLM would then look for org/model here."""
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-
-    @pytest.fixture(autouse=True)
     def in_the_models_directory(self, model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(model_dir.parent)
 

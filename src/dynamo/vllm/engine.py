@@ -19,6 +19,7 @@ from dynamo.engine.zmq_kv_events import KvEventRelay, TieredEvents, local_endpoi
 from dynamo.llm.kv_events import LoadMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
+from dynamo.vllm import shared_memory
 from dynamo.vllm.args import VllmOptions
 from dynamo.vllm.driver import SCRATCH_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
@@ -39,6 +40,7 @@ class VllmEngine:
         self.options = options
         self._driver: Driver | None = None
         self._relays: list[KvEventRelay] = []
+        self._shared: set[str] = set()
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._waiting_prefill: dict[str, int] = {}  # request id → prompt tokens, until its first output
         self._in_flight: set[str] = set()
@@ -70,6 +72,7 @@ class VllmEngine:
             self._subscribe_kv_events(config)
             context = config.model_config.max_model_len
             await self._driver.start(self)
+            self._shared = shared_memory.held_by_children()
         except BaseException:
             await self.stop()
             raise
@@ -136,6 +139,8 @@ class VllmEngine:
             await relay.close()
         if self._driver is not None:
             await self._driver.stop()
+        shared_memory.free(self._shared)
+        self._shared = set()
         if self._sockets is not None:
             self._sockets.cleanup()
             self._sockets = None
