@@ -113,7 +113,7 @@ class KvScheduler:
             costs = self._prefer(costs, request.preferred_taints)
         position, reason = self._choose(costs, eligible, self._temperature(request))
         overlap = view.overlap(position)
-        new_tokens = view.new_tokens(position)
+        new_tokens = view.new_tokens_after(overlap)
         return Decision(
             worker=self.load.workers[position],
             overlap=overlap,

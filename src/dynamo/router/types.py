@@ -194,13 +194,14 @@ class View(msgspec.Struct):
 
     def new_tokens(self, position: int) -> int:
         """Prompt tokens this worker would have to compute: all but its cached blocks, and at least one."""
-        return self._new_tokens(self.overlap(position))
+        return self.new_tokens_after(self.overlap(position))
 
     def new_token_column(self) -> list[int]:
         """`new_tokens` by position."""
-        return self.overlap_column(self._new_tokens, self.request.token_count)
+        return self.overlap_column(self.new_tokens_after, self.request.token_count)
 
-    def _new_tokens(self, overlap: Overlap) -> int:
+    def new_tokens_after(self, overlap: Overlap) -> int:
+        """`new_tokens` of a worker that holds so much."""
         held = overlap.device + overlap.host + overlap.disk
         return max(1, self.request.token_count - held * self.block_size) if held else self.request.token_count
 

@@ -51,7 +51,7 @@ class PredictedLatency:
         costs: list[float] = [
             (batch + SOFTENING) * (queued + new - (oldest if (done := (now - since) * rate) > oldest else done))
             if queued
-            else (batch + SOFTENING) * new
+            else float((batch + SOFTENING) * new)
             for batch, queued, new, oldest, since in zip(
                 fleet.requests,
                 fleet.prefill_tokens,
