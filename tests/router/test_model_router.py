@@ -104,8 +104,18 @@ async def test_adapters_and_tenants_have_prefixes_of_their_own(runtime, two):
     async with routing(runtime, use_kv_events=False) as router:
         Asked(router, prompt(1))
         for other in (Routing(lora_name="a"), Routing(cache_salt="tenant")):
-            assert Asked(router, prompt(1), routing=other).decision.overlap.device == 0
-        assert Asked(router, prompt(1)).decision.overlap.device == 10
+            assert Asked(router, prompt(1), routing=other).decision.best_overlap_blocks == 0
+        assert Asked(router, prompt(1)).decision.best_overlap_blocks == 10
+
+
+async def test_what_routing_costs_is_measured_now_and_then(runtime, two):
+    async with routing(runtime) as router:
+        for i in range(33):
+            Asked(router, prompt(1), f"r{i}")
+        stats = router.stats
+        for each in (stats.block_hashing_ms, stats.seq_hashing_ms, stats.find_matches_ms, stats.scheduling_ms):
+            assert each.count == 3
+        assert stats.total_ms.sum >= stats.scheduling_ms.sum > stats.find_matches_ms.sum > 0
 
 
 async def test_an_override_that_cannot_be_meant_is_refused_before_routing(runtime, two):

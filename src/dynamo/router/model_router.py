@@ -25,7 +25,7 @@ from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.replica_sync import ReplicaSync
 from dynamo.router.route_request import route_request
 from dynamo.router.scheduler import KvScheduler
-from dynamo.router.stats import RouterStats
+from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
 from dynamo.router.tier_index import TierIndex
 from dynamo.router.timed_source import TimedSource
@@ -45,10 +45,14 @@ SOFT_BATCHES = 4  # engine steps' worth of queued prompt tokens from which a sof
 class Ticket:
     """One request on its way: in the queue, at a worker, or over. All calls may be made at any time, and repeated."""
 
-    __slots__ = ("_router", "_waiting", "decision", "expires", "first_token_at", "request")
+    __slots__ = ("_on_decision", "_on_error", "_router", "_waiting", "decision", "expires", "first_token_at", "request")
 
-    def __init__(self, router: "ModelRouter", request: RouteRequest, expires: bool) -> None:
+    def __init__(
+        self, router: "ModelRouter", request: RouteRequest, on_decision: OnDecision, on_error: OnError, expires: bool
+    ) -> None:
         self._router = router
+        self._on_decision = on_decision
+        self._on_error = on_error
         self._waiting: Waiting | None = None
         self.request = request
         self.expires = expires
@@ -59,8 +63,7 @@ class Ticket:
 
     def cancel(self) -> None:
         """Nobody wants it any more: no callback follows, and nothing stays booked."""
-        if self._waiting is not None:
-            self._router.queue.cancel(self._waiting)
+        self._router.queue.cancel(self._waiting)
         self.free()
 
     def first_token(self) -> None:
@@ -75,6 +78,15 @@ class Ticket:
     def free(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
         """It ended, however it did. `output_tokens` of one that ended in order, `cached_tokens` as the worker said."""
         self._router._free(self, output_tokens, cached_tokens)
+
+    def _decided(self, decision: Decision) -> None:
+        self.decision = decision
+        self._router._decided(self.request, decision)
+        self._on_decision(decision)
+
+    def _failed(self, error: DynamoException) -> None:
+        self._router._failed(self.request)
+        self._on_error(error)
 
 
 class ModelRouter:
@@ -110,6 +122,9 @@ class ModelRouter:
         prefill = card is not None and card.worker_type is WorkerType.Prefill
         selection = asked.router_prefill_policy if prefill else asked.router_decode_policy
         self.config = configure(asked, profile, selection)
+        expiry_s = env_number("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", self.config.active_request_expiry_secs)
+        if expiry_s != self.config.active_request_expiry_secs:
+            self.config = self.config.with_overrides(active_request_expiry_secs=expiry_s)
         self.stats = RouterStats()
         self.index: TierIndex | None = None
         self.guess: ApproximateIndex | None = None
@@ -324,62 +339,56 @@ class ModelRouter:
         The error is WorkerUnavailable (nobody can take it), WorkerOverloaded (all are busy) or
         RouterQueueLimitExceeded (no room to wait, or waited too long).
         """
-        start = perf_counter()
+        timed = self.stats.requests % TIMED_EVERY == 0
+        start = perf_counter() if timed else 0.0
         if self._fleet is not None and self._fleet.stale:
             self._fleet.flush()
-        now = self._loop.time()
-        self.stats.requests += 1
-        self.stats.input_sequence_tokens.observe(request.token_count)
-        request.request_id = self._unique(request.request_id)
+        now, stats = self._loop.time(), self.stats
+        stats.requests += 1
+        stats.input_sequence_tokens.observe(request.token_count)
+        if request.request_id in self._tickets or request.request_id in self.scheduler.load.bookings:
+            request.request_id = self._another_name(request.request_id)
         request.arrived_at = now
-        ticket = Ticket(self, request, expires)
-        self._tickets[request.request_id] = ticket
-
-        def decided(decision: Decision) -> None:
-            self._decided(ticket, decision)
-            on_decision(decision)
-
-        def failed(error: DynamoException) -> None:
-            self._tickets.pop(request.request_id, None)
-            self.stats.errors += 1
-            on_error(error)
-
-        self._keep_to_session(request, now)
+        ticket = self._tickets[request.request_id] = Ticket(self, request, on_decision, on_error, expires)
+        if self.affinity is not None and request.session_id is not None:
+            self._keep_to_session(self.affinity, request, now)
         try:
             self.overload.check(request)
         except DynamoException as e:
-            failed(e)
+            ticket._failed(e)
             return ticket
-        explain = explain or log.isEnabledFor(logging.DEBUG)
-        begin = perf_counter()
-        ticket._waiting = self.queue.route(request, now, _timed(decided, begin, self.stats), failed, explain=explain)
-        self._arm()
-        self.stats.total_ms.observe((perf_counter() - start) * 1000)
+        begin = perf_counter() if timed else 0.0
+        ticket._waiting = self.queue.route(
+            request, now, ticket._decided, ticket._failed, explain=explain or log.isEnabledFor(logging.DEBUG)
+        )
+        if timed:
+            end = perf_counter()
+            stats.scheduling_ms.observe((end - begin) * 1000)
+            stats.total_ms.observe((end - start) * 1000)
+        if ticket._waiting is not None:
+            self._arm()
         return ticket
 
     def ticket(self, request_id: str) -> Ticket | None:
         """The request of that id, queued or at a worker."""
         return self._tickets.get(request_id)
 
-    def _unique(self, request_id: str) -> str:
+    def _another_name(self, request_id: str) -> str:
         """Clients may give two requests one id."""
-        if request_id not in self._tickets and request_id not in self.scheduler.load.bookings:
-            return request_id
         number = 2
         while (name := f"{request_id}#{number}") in self._tickets or name in self.scheduler.load.bookings:
             number += 1
         return name
 
-    def _keep_to_session(self, request: RouteRequest, now: float) -> None:
-        if self.affinity is None or request.session_id is None:
-            return
-        worker = self.affinity.worker(request.session_id, now)
+    def _keep_to_session(self, affinity: SessionAffinity, request: RouteRequest, now: float) -> None:
+        assert request.session_id is not None
+        worker = affinity.worker(request.session_id, now)
         at = self.scheduler.load.position.get(worker) if worker is not None else None
         if worker is None or at is None or worker in self.scheduler.suspended:
             return
         if request.allowed is not None and worker not in request.allowed:
             return
-        if self.affinity.mode == "soft" and self._is_full(at):
+        if affinity.mode == "soft" and self._is_full(at):
             return
         request.allowed = frozenset((worker,))
 
@@ -388,21 +397,22 @@ class ModelRouter:
         batch = load.limits[at].max_batched_tokens or DEFAULT_BATCH_TOKENS
         return load.prefill_tokens[at] > SOFT_BATCHES * batch or self.overload.busy(at)
 
-    def _decided(self, ticket: Ticket, decision: Decision) -> None:
-        request = ticket.request
-        ticket.decision = decision
-        now = self._loop.time()
+    def _decided(self, request: RouteRequest, decision: Decision) -> None:
         self.stats.decided(decision, request.token_count, self.block_size)
         if self.affinity is not None and request.session_id is not None:
             if request.session_final:
                 self.affinity.end(request.session_id)
             else:
-                self.affinity.bind(request.session_id, decision.worker, now)
+                self.affinity.bind(request.session_id, decision.worker, self._loop.time())
         if self.sync is not None:
             shared = request.sequence_hashes if self.scheduler.shares(request) else ()
             self.sync.booked(self.scheduler.load.bookings[request.request_id], list(shared))
-        if log.isEnabledFor(logging.DEBUG):
+        if decision.explanation is not None:
             log.debug("request %s of %s: %s", request.request_id, self.name, decision.explanation)
+
+    def _failed(self, request: RouteRequest) -> None:
+        self._tickets.pop(request.request_id, None)
+        self.stats.errors += 1
 
     # --- the life of a request
 
@@ -469,12 +479,3 @@ class ModelRouter:
     def status(self) -> dict[str, Any]:
         """All that an operator may ask: what is in effect, who is there and how busy, and what is amiss."""
         return router_status(self)
-
-
-def _timed(decided: OnDecision, begin: float, stats: RouterStats) -> OnDecision:
-    def timed(decision: Decision) -> None:
-        if not decision.queued_ms:
-            stats.scheduling_ms.observe((perf_counter() - begin) * 1000)
-        decided(decision)
-
-    return timed

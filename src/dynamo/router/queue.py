@@ -165,7 +165,10 @@ class RouterQueue:
         self.timeout_s = timeout_s
         self.refresh_after_s = refresh_after_s
         self.classes = {policy.name: ClassQueue(policy) for policy in profile.classes}
+        self.pending = 0
+        """Requests that wait."""
         self._ring = list(self.classes.values())
+        self._only = self._ring[0] if len(self._ring) == 1 and not profile.queues else None
         self._turn = 0
         self._began: float | None = None
         self._numbers = itertools.count()
@@ -173,39 +176,54 @@ class RouterQueue:
         self._by_age: deque[Waiting] = deque()
         self._pumping = self._pump_again = False
 
-    @property
-    def pending(self) -> int:
-        """Requests that wait."""
-        return sum(queue.requests for queue in self._ring)
-
     # --- coming in
 
     def route(
         self, request: RouteRequest, now: float, on_decision: OnDecision, on_error: OnError, *, explain: bool = False
-    ) -> Waiting:
+    ) -> Waiting | None:
         """Place a request now, or when a worker has room. Exactly one of the callbacks is called, perhaps before
         this returns, unless it is cancelled. With `on_decision` the request is booked.
+
+        Returns what `cancel` takes if the request waits.
         """
-        waiting = Waiting(request, on_decision, on_error, explain, now)
         try:
             decision = self.scheduler.select(request, now, explain=explain)
         except WorkerUnavailable as e:
-            queue = self.classes[self.profile.classify(request.policy_class, request.token_count).name]
+            queue = self._only or self.classes[self.profile.classify(request.policy_class, request.token_count).name]
             queue.received += 1
             queue.rejected["no_worker"] += 1
             on_error(e)
-            return waiting
-        waiting.cached_tokens = min(request.token_count, decision.best_overlap_blocks * self.scheduler.block_size)
-        policy = self.profile.classify(request.policy_class, request.token_count - waiting.cached_tokens)
-        queue = self.classes[policy.name]
+            return None
+        if self._only is None:
+            waiting = self._wait(request, decision, now, on_decision, on_error, explain)
+            if waiting is not None:
+                return waiting if waiting.lane is not None else None
+        else:
+            self._only.received += 1
+        self.scheduler.book(request, decision, now)
+        on_decision(decision)
+        return None
+
+    def _wait(
+        self,
+        request: RouteRequest,
+        decision: Decision,
+        now: float,
+        on_decision: OnDecision,
+        on_error: OnError,
+        explain: bool,
+    ) -> Waiting | None:
+        """Let a request wait, or refuse it, if it may not go; None if it may."""
+        cached_tokens = min(request.token_count, decision.best_overlap_blocks * self.scheduler.block_size)
+        queue = self.classes[self.profile.classify(request.policy_class, request.token_count - cached_tokens).name]
         queue.received += 1
         reason = self._why_wait(queue, request)
         if reason is None:
-            self.scheduler.book(request, decision, now)
-            on_decision(decision)
-            return waiting
+            return None
+        waiting = Waiting(request, on_decision, on_error, explain, now)
+        waiting.cached_tokens = cached_tokens
         try:
-            queue.admit(request, waiting.cached_tokens, len(self.scheduler.load.workers))
+            queue.admit(request, cached_tokens, len(self.scheduler.load.workers))
         except RouterQueueLimitExceeded as e:
             on_error(e)
             return waiting
@@ -235,6 +253,7 @@ class RouterQueue:
         waiting.order = self._order(waiting, queue.policy.queue_policy)
         lane.live += 1
         lane.push(waiting)
+        self.pending += 1
         queue.requests += 1
         queue.isl_tokens += waiting.request.token_count
         queue.cached_tokens += waiting.cached_tokens
@@ -335,6 +354,7 @@ class RouterQueue:
         waiting.lane = None
         lane.live -= 1
         queue = lane.queue
+        self.pending -= 1
         queue.requests -= 1
         queue.isl_tokens -= waiting.request.token_count
         queue.cached_tokens -= waiting.cached_tokens
@@ -342,9 +362,9 @@ class RouterQueue:
             queue.deficit = 0.0
             queue.lanes.clear()
 
-    def cancel(self, waiting: Waiting) -> bool:
-        """Nobody wants it any more: no callback follows. False if it has left the queue already."""
-        if waiting.lane is None:
+    def cancel(self, waiting: Waiting | None) -> bool:
+        """Nobody wants it any more: no callback follows. False if it does not wait, or no more."""
+        if waiting is None or waiting.lane is None:
             return False
         waiting.lane.queue.rejected["cancelled"] += 1
         self._leave(waiting)

@@ -28,15 +28,18 @@ def hash_prompt(
     cache_namespace: str | None = None,
 ) -> list[int]:
     """The sequence hashes of a prompt's full blocks. Raises InvalidArgument as `compute_block_hash_for_seq`."""
+    if stats is None or not stats.is_timed("hash"):
+        return sequence_hashes(
+            compute_block_hash_for_seq(token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace)
+        )
     start = perf_counter()
     local_hashes = compute_block_hash_for_seq(
         token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace
     )
     middle = perf_counter()
     hashes = sequence_hashes(local_hashes)
-    if stats is not None:
-        stats.block_hashing_ms.observe((middle - start) * 1000)
-        stats.seq_hashing_ms.observe((perf_counter() - middle) * 1000)
+    stats.block_hashing_ms.observe((middle - start) * 1000)
+    stats.seq_hashing_ms.observe((perf_counter() - middle) * 1000)
     return hashes
 
 

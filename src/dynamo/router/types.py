@@ -190,7 +190,7 @@ class View(msgspec.Struct):
 
     def overlap_column(self, value: Callable[[Overlap], Number], none: Number) -> list[Number]:
         """By position, the value of what it holds; `none` where that is nothing."""
-        return _column(len(self.fleet.workers), ((value(held), at) for held, at in self.held), none)
+        return _column(len(self.fleet.workers), [(value(held), at) for held, at in self.held], none)
 
     def new_tokens(self, position: int) -> int:
         """Prompt tokens this worker would have to compute: all but its cached blocks, and at least one."""

@@ -31,11 +31,6 @@ class _Weights(NamedTuple):
         """Blocks of prefill that an overlap saves."""
         return self.credit * decay * overlap.device + self.host * overlap.host + self.disk * overlap.disk
 
-    @property
-    def never_above_prefill(self) -> bool:
-        """Whether credit cannot be more than there is to prefill, so that nothing has to be cut off."""
-        return self.credit <= 1 and self.host <= 1 and self.disk <= 1
-
 
 class LinearCost(FixedPolicy):
     """Overlap and load in one sum of blocks."""
@@ -57,7 +52,7 @@ class LinearCost(FixedPolicy):
         fleet, weights = view.fleet, self._weights_for(view)
         per_token = weights.scale / view.block_size
         base = view.request.token_count * per_token + view.blocks
-        if weights.decay_rate or not weights.never_above_prefill:
+        if weights.decay_rate or max(weights.credit, weights.host, weights.disk) > 1:  # else no saving is cut off
             saved = [self._saved(view, weights, i) for i in range(len(fleet.workers))]
         else:
             saved = view.overlap_column(weights.credited, 0.0)
