@@ -13,6 +13,7 @@ from dynamo.router.model_router import ModelRouter
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.errors import InvalidArgument, RouterQueueLimitExceeded, WorkerOverloaded, WorkerUnavailable
 from dynamo.runtime.events import create_publisher
+from dynamo.runtime.instances import instance_record
 from tests.router.fleet import ENDPOINT, Asked, Worker, eventually, make_card, prompt, routing
 
 BUSY = {"active_prefill_tokens_threshold": 100}
@@ -448,3 +449,22 @@ async def test_a_decision_is_in_the_log_when_asked_for(runtime, two, caplog):
             Asked(router, prompt(1), "shown")
     assert "request shown of m" in caplog.text
     assert "'policy': 'linear'" in caplog.text
+
+
+async def test_two_thousand_workers_join_and_leave_at_once(runtime):
+    card, address = make_card(), runtime.endpoint(ENDPOINT).address
+    async with routing(runtime) as router:
+        discovery, ids = runtime.discovery, range(1, 2001)
+        for worker_id in ids:
+            await discovery.put(address.instance_key(worker_id), instance_record(address, worker_id, "127.0.0.1:9"))
+            await discovery.put(address.card_key(worker_id), card.to_json())
+        await eventually(lambda: len(router.scheduler.load.workers) == 2000, 30)
+        asked = [Asked(router, prompt(i), f"r{i}") for i in range(100)]
+        assert len({each.worker for each in asked}) == 100
+        for worker_id in ids[:-1]:
+            await discovery.delete(address.instance_key(worker_id))
+            await discovery.delete(address.card_key(worker_id))
+        await eventually(lambda: workers(router) == [(2000, 0)], 30)
+        for each in asked:
+            each.ticket.free()
+        assert router.scheduler.load.idle
