@@ -33,7 +33,9 @@ class HeldInGroups(Held):
 
 
 def make(held=None, workers=(ONE, TWO, THREE), source=Held, **settings) -> KvScheduler:
-    scheduler = KvScheduler(BLOCK, KvRouterConfig(**settings), source(held), rng=random.Random(5))
+    settings.setdefault("router_policy", "linear")  # whose numbers are easy to follow
+    config = KvRouterConfig(**{"router_policy": "linear"} | settings)
+    scheduler = KvScheduler(BLOCK, config, source(held), rng=random.Random(5))
     for worker in workers:
         scheduler.add_worker(worker, WorkerLimits(1000, 8192, 64))
     return scheduler

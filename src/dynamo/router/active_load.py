@@ -61,6 +61,7 @@ class ActiveLoad:
         self.progress_at: list[float] = []
         self.position: dict[WorkerKey, int] = {}
         self.version = 0
+        self.touched: set[int] = set()
         self.bookings: dict[str, Booking] = {}
         self._at: list[dict[str, Booking]] = []
         """By position: the bookings there, oldest first."""
@@ -129,6 +130,7 @@ class ActiveLoad:
         position = self.position.get(worker)
         if position is None:
             return
+        self.touched.add(position)
         before = self._foreign[position]
         self._foreign[position] = foreign
         self.prefill_tokens[position] += foreign.prefill_tokens - before.prefill_tokens
@@ -175,6 +177,7 @@ class ActiveLoad:
         if request_id in self.bookings:
             raise KeyError(f"request {request_id!r} is booked already")
         position = self.position[worker]
+        self.touched.add(position)
         end, fresh = self._paths.add(sequence_hashes, position)
         booking = Booking(
             request_id,
@@ -202,6 +205,7 @@ class ActiveLoad:
         booking = self.bookings.get(request_id)
         if booking is not None and booking.prefilling:
             self._end_prefill(booking, self.position[booking.worker])
+            self.touched.add(self.position[booking.worker])
             if now is not None:
                 self.progress_at[self.position[booking.worker]] = now
 
@@ -227,7 +231,9 @@ class ActiveLoad:
         counted = booking.private_blocks
         if booking.expected_blocks > 0:
             counted = round(counted * max(0.0, 1 - booking.generated_blocks / booking.expected_blocks))
-        self.decode_blocks[self.position[booking.worker]] += counted - booking.counted_blocks
+        position = self.position[booking.worker]
+        self.touched.add(position)
+        self.decode_blocks[position] += counted - booking.counted_blocks
         booking.counted_blocks = counted
 
     def free(self, request_id: str) -> Booking | None:
@@ -236,6 +242,7 @@ class ActiveLoad:
         if booking is None:
             return None
         position = self.position[booking.worker]
+        self.touched.add(position)
         del self._at[position][request_id]
         if booking.prefilling:
             self._end_prefill(booking, position)

@@ -134,6 +134,8 @@ class Fleet(Protocol):
     """When the worker last made a first token, or began with the prompt that it has had longest, if that is later."""
     version: int
     """Another number whenever positions or limits have changed."""
+    touched: set[int]
+    """Positions whose numbers have changed since the policy, which may keep columns of its own, emptied this."""
 
 
 class Prefilled(msgspec.Struct, frozen=True):
