@@ -448,7 +448,7 @@ async def test_a_decision_is_in_the_log_when_asked_for(runtime, two, caplog):
         with caplog.at_level(logging.DEBUG, logger="dynamo.router.model_router"):
             Asked(router, prompt(1), "shown")
     assert "request shown of m" in caplog.text
-    assert f"'policy': '{DEFAULT_POLICY}'" in caplog.text
+    assert "'policy': 'linear'" in caplog.text
 
 
 async def test_two_thousand_workers_join_and_leave_at_once(runtime):

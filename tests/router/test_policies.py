@@ -57,7 +57,7 @@ def costs(name, workers, config=None, **more) -> list[float]:
 
 def test_an_unknown_policy_is_refused_with_those_there_are():
     with pytest.raises(
-        ValueError, match=r"router_policy must be one of linear, lmetric, predicted, sticky.*got 'best'"
+        ValueError, match=r"router_policy must be one of linear, lmetric, marginal, predicted, sticky.*got 'best'"
     ):
         make_policy("best", KvRouterConfig())
 

@@ -35,7 +35,7 @@ class Bench:
 
     def __init__(self, policy="fcfs", classes=None, buckets=None, workers=(ONE, TWO), **options) -> None:
         self.index = Held()
-        self.scheduler = KvScheduler(BLOCK, KvRouterConfig(), self.index, rng=random.Random(1))
+        self.scheduler = KvScheduler(BLOCK, KvRouterConfig(router_policy="linear"), self.index, rng=random.Random(1))
         for worker in workers:
             self.scheduler.add_worker(worker, WorkerLimits(1000, 500, 64))
         classes = classes or [PolicyClass(queue_policy=policy, prefill_busy_threshold_frac=2.0)]

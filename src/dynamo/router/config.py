@@ -9,7 +9,7 @@ import msgspec
 
 from dynamo.runtime.selection import RouterMode
 
-DEFAULT_POLICY = "linear"
+DEFAULT_POLICY = "marginal"  # the best on traces, see docs/explanation/routing.md
 QUEUE_POLICIES = ("fcfs", "lcfs", "wspt")
 _ONLY = {
     "router_prefill_load_model": "none",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies.linear import LinearCost
 from dynamo.router.policies.lmetric import LMetric
+from dynamo.router.policies.marginal import MarginalCost
 from dynamo.router.policies.policy import Policy
 from dynamo.router.policies.predicted import PredictedLatency
 from dynamo.router.policies.sticky import StickyUntilSaturated
@@ -17,6 +18,7 @@ __all__ = ["POLICIES", "Policy", "make_policy"]
 POLICIES: dict[str, Callable[[KvRouterConfig], Policy]] = {
     "linear": LinearCost,
     "lmetric": LMetric,
+    "marginal": MarginalCost,
     "predicted": PredictedLatency,
     "sticky": StickyUntilSaturated,
 }

@@ -61,11 +61,16 @@ class PredictedLatency:
                 strict=True,
             )
         ]
+        paces = self.paces(fleet)
+        if paces is not None:
+            costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
+        return costs
+
+    def paces(self, fleet: Fleet) -> list[float] | None:
+        """By position, how many times longer a worker takes; None while all are alike."""
         if fleet.version != self._version:
             self._place(fleet)
-        if self._paces is not None:
-            costs = [cost * pace for cost, pace in zip(costs, self._paces, strict=True)]
-        return costs
+        return self._paces
 
     def _place(self, fleet: Fleet) -> None:
         """Put the paces into the order of positions."""

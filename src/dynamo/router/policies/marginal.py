@@ -1,0 +1,88 @@
+"""Where does a request cost everybody least? Its own wait, and what it adds to the wait of those after it.
+
+    cost = (tokens to compute before this prompt's turn + 2 * tokens to compute for it
+            + tokens of context held, by 0.02 where there is room for them and by 1.5 where there is not)
+         * how many times longer than others the worker takes
+
+A prompt's uncached tokens count twice: once for the request itself, once for whoever comes next and waits behind
+them. So a cached prefix is worth a queue of up to twice the tokens that it saves, and no more: a worker that all want
+loses by its own queue. Context held slows each token a little; context for which there is no room has to wait for
+others to end, which takes longer than to compute it. The learning is that of `predicted`.
+"""
+
+import math
+from typing import ClassVar
+
+from dynamo.router.policies.predicted import MIN_TOKEN_S, ORDINARY, PredictedLatency
+from dynamo.router.types import View
+
+# Weights in tokens to compute. Chosen by replay (benchmarks/replay_policies.py), and flat around what was chosen.
+NEW = 2.0  # 1.5 to 3 do about as well; 1 reuses less
+HELD = 0.02  # 0.005 to 0.05; 0 lets outputs slow down, 1 (the linear cost) lets prompts wait
+OVER = 1.5  # above all that a worker has room for
+
+
+class MarginalCost(PredictedLatency):
+    """Tokens to wait for, and tokens that others will wait for."""
+
+    name: ClassVar[str] = "marginal"
+    _room_version = -1
+    _least_room = 0.0
+
+    def costs(self, view: View) -> list[float]:
+        """One cost for each worker, in tokens to compute."""
+        fleet, now, size = view.fleet, view.now, view.block_size
+        rate = 1 / max(self.first_token.slope, MIN_TOKEN_S)
+        held_by = HELD * size
+        costs: list[float] = [
+            queued - (oldest if (done := (now - since) * rate) > oldest else done) + NEW * new + held_by * held
+            if queued
+            else NEW * new + held_by * held
+            for queued, oldest, since, new, held in zip(
+                fleet.prefill_tokens,
+                fleet.oldest_prefill,
+                fleet.progress_at,
+                view.new_token_column(),
+                fleet.decode_blocks,
+                strict=True,
+            )
+        ]
+        self._add_overflow(view, costs)
+        paces = self.paces(fleet)
+        if paces is not None:
+            costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
+        return costs
+
+    def _add_overflow(self, view: View, costs: list[float]) -> None:
+        """Charge for blocks that a worker has no room for."""
+        fleet = view.fleet
+        if fleet.version != self._room_version:
+            self._room_version = fleet.version
+            self._least_room = min((lim.total_blocks or math.inf for lim in fleet.limits), default=math.inf)
+        if max(fleet.decode_blocks) + view.blocks <= self._least_room:
+            return
+        over_by = OVER * view.block_size
+        columns = zip(fleet.decode_blocks, view.shared_block_column(), fleet.limits, strict=True)
+        for position, (held, shared, limits) in enumerate(columns):
+            over = held + view.blocks - shared - (limits.total_blocks or math.inf)
+            if over > 0:
+                costs[position] += over_by * over
+
+    def terms(self, view: View, position: int) -> dict[str, float]:
+        """The sum's parts in tokens, the prediction, and the pace."""
+        fleet, worker = view.fleet, view.fleet.workers[position]
+        token_s = max(self.first_token.slope, MIN_TOKEN_S)
+        queued = fleet.prefill_tokens[position]
+        if queued:
+            queued -= min(fleet.oldest_prefill[position], int((view.now - fleet.progress_at[position]) / token_s))
+        new, held, room = view.new_tokens(position), view.potential_decode_blocks(position), fleet.limits[position]
+        over = max(0, held - room.total_blocks) if room.total_blocks is not None else 0
+        pace = self._prefill_pace.get(worker, ORDINARY).factor
+        return {
+            "queued_tokens": queued,
+            "new_tokens": new,
+            "held_tokens": fleet.decode_blocks[position] * view.block_size,
+            "tokens_without_room": over * view.block_size,
+            "pace": self.pace(worker),
+            "predicted_ttft_s": self.first_token.at(queued + new) * pace,
+        }
