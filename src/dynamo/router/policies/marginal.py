@@ -13,6 +13,7 @@ others to end, which takes longer than to compute it. The learning is that of `p
 import math
 from typing import ClassVar
 
+from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies.predicted import MIN_TOKEN_S, ORDINARY, PredictedLatency
 from dynamo.router.types import View
 
@@ -26,32 +27,39 @@ class MarginalCost(PredictedLatency):
     """Tokens to wait for, and tokens that others will wait for."""
 
     name: ClassVar[str] = "marginal"
-    _room_version = -1
-    _least_room = 0.0
+
+    def __init__(self, config: KvRouterConfig) -> None:
+        super().__init__(config)
+        # The backlog's two lines, each with what is charged for the context held.
+        self._behind: list[float] = []
+        self._ahead: list[float] = []
+        self._room_version = -1
+        self._least_room = 0.0
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens to compute."""
-        fleet, now, size = view.fleet, view.now, view.block_size
-        rate = 1 / max(self.first_token.slope, MIN_TOKEN_S)
-        held_by = HELD * size
-        costs: list[float] = [
-            queued - (oldest if (done := (now - since) * rate) > oldest else done) + NEW * new + held_by * held
-            if queued
-            else NEW * new + held_by * held
-            for queued, oldest, since, new, held in zip(
-                fleet.prefill_tokens,
-                fleet.oldest_prefill,
-                fleet.progress_at,
-                view.new_token_column(),
-                fleet.decode_blocks,
-                strict=True,
-            )
-        ]
+        fleet, backlog = view.fleet, self.backlog
+        self._refresh(view)
+        passed = view.now * backlog.rate
+        new_tokens = view.overlap_column(lambda held: NEW * view.new_tokens_after(held), NEW * view.request.token_count)
+        columns = zip(self._behind, self._ahead, new_tokens, strict=True)
+        costs = [(behind if behind > (left := ahead - passed) else left) + new for behind, ahead, new in columns]
         self._add_overflow(view, costs)
         paces = self.paces(fleet)
         if paces is not None:
             costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
         return costs
+
+    def _refresh(self, view: View) -> None:
+        """Bring the lines up to date, where something happened."""
+        held_by, blocks, backlog = HELD * view.block_size, view.fleet.decode_blocks, self.backlog
+        touched = backlog.refresh(view.fleet, self.tokens_a_second)
+        if len(self._behind) != len(backlog.behind):
+            self._behind, self._ahead = backlog.behind.copy(), backlog.ahead.copy()
+        for at in touched:
+            charge = held_by * blocks[at]
+            self._behind[at] = backlog.behind[at] + charge
+            self._ahead[at] = backlog.ahead[at] + charge
 
     def _add_overflow(self, view: View, costs: list[float]) -> None:
         """Charge for blocks that a worker has no room for."""

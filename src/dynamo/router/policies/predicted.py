@@ -12,6 +12,7 @@ fast is just what is learnt.
 from typing import ClassVar
 
 from dynamo.router.config import KvRouterConfig
+from dynamo.router.policies.backlog import Backlog
 from dynamo.router.policies.line import Line, Pace
 from dynamo.router.types import Decoded, Fleet, Prefilled, View, WorkerKey
 
@@ -34,6 +35,7 @@ class PredictedLatency:
         del config  # nothing to tune
         self.first_token = Line(FIRST_TOKEN_PRIOR, MAX_TOKEN_S)
         self.between_tokens = Line(BETWEEN_TOKENS_PRIOR, MAX_REQUEST_S)
+        self.backlog = Backlog()
         self.ignored = 0
         """Observations that made no sense."""
         self._prefill_pace: dict[WorkerKey, Pace] = {}
@@ -46,25 +48,23 @@ class PredictedLatency:
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens times requests: what matters is only which is lowest."""
-        fleet, now = view.fleet, view.now
-        rate = 1 / max(self.first_token.slope, MIN_TOKEN_S)
-        costs: list[float] = [
-            (batch + SOFTENING) * (queued + new - (oldest if (done := (now - since) * rate) > oldest else done))
-            if queued
-            else float((batch + SOFTENING) * new)
-            for batch, queued, new, oldest, since in zip(
-                fleet.requests,
-                fleet.prefill_tokens,
-                view.new_token_column(),
-                fleet.oldest_prefill,
-                fleet.progress_at,
-                strict=True,
-            )
+        fleet, backlog = view.fleet, self.backlog
+        backlog.refresh(fleet, self.tokens_a_second)
+        passed = view.now * backlog.rate
+        columns = zip(fleet.requests, backlog.behind, backlog.ahead, view.new_token_column(), strict=True)
+        costs = [
+            (batch + SOFTENING) * ((behind if behind > (left := ahead - passed) else left) + new)
+            for batch, behind, ahead, new in columns
         ]
         paces = self.paces(fleet)
         if paces is not None:
             costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
         return costs
+
+    @property
+    def tokens_a_second(self) -> float:
+        """How fast the fleet computes prompts."""
+        return 1 / max(self.first_token.slope, MIN_TOKEN_S)
 
     def paces(self, fleet: Fleet) -> list[float] | None:
         """By position, how many times longer a worker takes; None while all are alike."""
