@@ -1,0 +1,26 @@
+"""The simulator beside what ai-dynamo 1.6.1 printed for the same trace (`benchmarks/replay_fidelity.py` asks it)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dynamo.replay import run_trace_replay
+from tests.replay.workloads import TRACES
+
+RECORDED = Path(__file__).parents[2] / "benchmarks" / "data" / "replay_peer.json"
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+@pytest.mark.parametrize("speedup", [1.0, 1.5])
+def test_round_robin_on_four_workers_is_what_the_peer_says(speedup):
+    trace = TRACES / "conversation_trace.jsonl"
+    if not trace.exists():
+        pytest.skip("../shared is not there")
+    theirs = json.loads(RECORDED.read_text())[f"conversation 4 round_robin {speedup:g}"]
+    ours = run_trace_replay(trace, num_workers=4, arrival_speedup_ratio=speedup, trace_block_size=512).summary
+    for name in ("mean_ttft_ms", "mean_tpot_ms", "mean_e2e_latency_ms"):
+        assert ours[name] == pytest.approx(theirs[name], rel=0.001)
+    assert ours["p99_ttft_ms"] == pytest.approx(theirs["p99_ttft_ms"], rel=0.002)
+    assert ours["prefix_cache_reused_ratio"] == pytest.approx(theirs["prefix_cache_reused_ratio"], abs=1e-6)
