@@ -265,6 +265,19 @@ def test_a_scheduler_with_a_learning_policy_tells_it_how_requests_fared():
     assert told == [Prefilled(WorkerKey(1), 160, 0, 0, 0, 2.0), Decoded(WorkerKey(1), 21, 2.0, 1, 10)]
 
 
+def test_a_policy_learns_from_a_hundred_requests_a_second_at_most():
+    policy = learnt()
+    scheduler = KvScheduler(BLOCK, KvRouterConfig(), NobodyHolds(), policy=policy)
+    scheduler.add_worker(WorkerKey(1))
+    told: list[object] = []
+    policy.prefilled = told.append
+    for i in range(1000):
+        request = RouteRequest(request_id=str(i), token_count=160, sequence_hashes=[])
+        scheduler.book(request, scheduler.select(request, i / 1000), i / 1000)
+        scheduler.prefill_done(str(i), i / 1000 + 0.1)
+    assert 90 <= len(told) <= 100
+
+
 class NobodyHolds:
     """An index of nothing."""
 
