@@ -31,6 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from dynamo.cli.demo_model import make_demo_model
 from dynamo.vllm import cpu
 
@@ -247,7 +249,7 @@ def main() -> None:
         model = make_demo_model(Path(directory) / "model")
         for number in range(args.rounds):
             for side, results in rounds.items():
-                result = asyncio.run(measure(side, model, args, 1000 * number))
+                result = uvloop.run(measure(side, model, args, 1000 * number))
                 results.append(result)
                 shares = ", ".join(f"{name} {s:.2f} s" for name, s in sorted(result.cpu_s.items()) if s >= 0.01)
                 print(f"{side}: {result.rate:.0f} tokens/s in {result.seconds:.1f} s; CPU: {shares}", flush=True)
