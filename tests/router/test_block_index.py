@@ -27,7 +27,9 @@ def own_names(draw):
         rest = path[cut:]
         return kind, holder, above, sequence_hashes(rest, above), rest
     if kind == "remove":
-        return kind, holder, draw(st.lists(st.sampled_from(sequence_hashes(path)), max_size=4))
+        seqs = sequence_hashes(path)
+        ends_first = st.just(seqs[draw(st.integers(0, len(seqs) - 1)) :][::-1])
+        return kind, holder, draw(ends_first | st.lists(st.sampled_from(seqs), max_size=4))
     return (kind, holder)
 
 
@@ -149,6 +151,14 @@ def test_a_hole_goes_with_the_last_block_behind_it():
     index.remove("a", seqs[2:])
     assert len(index) == 0
     assert not index.holes("a")
+
+
+def test_many_blocks_go_at_once_end_first_and_strangers_among_them_are_counted():
+    index, seqs = stored({"a": 9}, list(range(1, 10)))
+    assert index.remove("a", [seqs[8], seqs[7], 5, seqs[6], seqs[3]]) == 1
+    assert (index.find(seqs), index.holes("a"), index.blocks("a")) == ({"a": 3}, {seqs[3]}, 5)
+    assert index.remove("a", seqs[::-1]) == 4
+    assert (len(index), index.blocks("a"), index.holes("a")) == (0, 0, frozenset())
 
 
 def test_storing_twice_changes_nothing():

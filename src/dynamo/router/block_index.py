@@ -390,16 +390,33 @@ class BlockIndex(Generic[H]):
         slot = self._slots.get(holder)
         if slot is None:
             return sum(1 for _ in names)
+        if slot.names is None:
+            return self._remove_seqs(slot, names if isinstance(names, list) else list(names))
         unknown = 0
         for name in names:
-            seq = self._resolve(slot, name)
+            seq = slot.names.pop(name, None)
             if seq is None:
                 unknown += 1
-            elif slot.names is None:
-                self._release(slot, seq)
             else:
-                del slot.names[name]
                 self._unname(slot, seq)
+        return unknown
+
+    def _remove_seqs(self, slot: _Slot[H], seqs: list[int]) -> int:
+        """As `remove`, by sequence hashes. Engines evict ends first, so most go many at a time."""
+        tree, bit, unknown, done = self._tree, slot.bit, 0, 0
+        while done < len(seqs):
+            run = tree.run_of(seqs[done])
+            together = run.shared_end(seqs, done) if run.mask == bit and not (run.children or slot.holes) else 0
+            if together:
+                tree.drop_end(run, together)
+                slot.blocks -= together
+                done += together
+                continue
+            if run.mask & bit and seqs[done] not in slot.holes:
+                self._release(slot, seqs[done])
+            else:
+                unknown += 1
+            done += 1
         return unknown
 
     def _release(self, slot: _Slot[H], seq: int) -> None:

@@ -14,7 +14,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
 from itertools import repeat
-from operator import setitem
+from operator import delitem, setitem
 
 SHARDS = 8  # a power of two; the longest pause is then 8 ms at two million blocks, and storing costs 2 % more
 LAST_BITS = SHARDS - 1
@@ -39,6 +39,14 @@ class Run:
     def find(self, seq: int) -> int:
         """The position of a block in the run. Raises ValueError."""
         return 0 if self.seqs[0] == seq else self.seqs.index(seq)
+
+    def shared_end(self, seqs: list[int], done: int) -> int:
+        """How many blocks, from the run's last one backwards, are those of `seqs` from `done` on."""
+        backwards = self.seqs[: -1 - min(len(self.seqs), len(seqs) - done) : -1].tolist()
+        ahead = seqs[done : done + len(backwards)]
+        if backwards == ahead:
+            return len(ahead)
+        return next(i for i, (mine, theirs) in enumerate(zip(backwards, ahead, strict=True)) if mine != theirs)
 
     def any_child_reached(self, bit: int) -> bool:
         """Whether this holder reaches further than the run."""
@@ -156,6 +164,20 @@ class RunTree:
         run.mask = 0
         self._free(run)
         return parent
+
+    def drop_end(self, run: Run, count: int) -> None:
+        """Drop the last blocks of a run that nothing follows and one holder reaches."""
+        dropped = run.seqs[-count:]
+        last_bits = dropped.tobytes()[LOW_BYTE::8].translate(LAST_BITS_OF_BYTE)
+        deque(map(delitem, map(self.ids.__getitem__, last_bits), dropped), maxlen=0)
+        self._reached -= count
+        del run.seqs[-count:]
+        if run.locals is not None:
+            del run.locals[-count:]
+        if not run.seqs:
+            run.mask = 0
+            run.parent.children.discard(run)
+            self._free(run)
 
     def drop_last(self, run: Run, bit: int) -> Run:
         """Take a holder out of the last block of a run. Returns the run of the block before, maybe the root."""
