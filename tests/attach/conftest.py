@@ -64,7 +64,7 @@ async def attach(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartAttach]:
         await runtime.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # not the session: an idle server beside all other tests slows them
 def vllm_server(weights_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """One real vLLM server with everything on that attaching can use."""
     log = tmp_path_factory.mktemp("vllm") / "server.log"

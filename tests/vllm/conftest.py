@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from dynamo.engine.contract import EngineConfig
 from dynamo.vllm.engine import DRIVER_ENV, VllmEngine
-from tests.vllm.vllm_helpers import Recorder, make_lora, vllm_options
+from tests.vllm.vllm_helpers import Recorder, descendants, make_lora, vllm_options
 
 ENGINE_TIMEOUT_S = 240  # two cores and seven neighbours
 
@@ -59,6 +59,8 @@ class Running:
     engine: VllmEngine
     config: EngineConfig
     seen: Recorder
+    processes: dict[int, str]
+    """The engine's own, by process id: others of this test run may have engines too."""
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=["core", "async"])
@@ -68,12 +70,13 @@ async def running(
     """One engine a driver, shared by a module's tests; vLLM's answers are there before it starts."""
     adapters = ["--enable-lora", "--lora-modules", f"adapter={lora_dir}"] if request.param == "async" else []
     options = vllm_options(weights_dir, *adapters)
-    seen = Recorder()
+    seen, others = Recorder(), descendants(os.getpid())
     engine = VllmEngine(options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(DRIVER_ENV, request.param)
         config = await engine.start(seen)
     try:
-        yield Running(request.param, engine, config, seen)
+        processes = {pid: name for pid, name in descendants(os.getpid()).items() if pid not in others}
+        yield Running(request.param, engine, config, seen, processes)
     finally:
         await engine.stop()

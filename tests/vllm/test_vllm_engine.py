@@ -14,7 +14,7 @@ from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from tests.vllm.conftest import ENGINE_TIMEOUT_S, Running
 from tests.vllm.vllm_cases import BLOCK, CASES, LORA_PROMPT, LORA_TOKENS, SHARED, Case, words
-from tests.vllm.vllm_helpers import alive, descendants, pid_named, request, shared_memory, still_there, tokens
+from tests.vllm.vllm_helpers import alive, pid_named, request, shared_memory, still_there, tokens
 
 pytestmark = [
     pytest.mark.vllm,
@@ -319,11 +319,10 @@ async def test_routes_that_cannot_work_are_absent(running: Running) -> None:
 
 async def test_a_killed_process_is_noticed_and_nothing_is_left(running: Running) -> None:
     """Last, for it ends the engine: the worker of one driver's, the core of the other's."""
-    processes = descendants(os.getpid())
-    segments = shared_memory(processes)
+    segments = shared_memory(running.processes)
     assert segments
-    victim = pid_named(processes, "VLLM::Worker" if running.driver == "core" else "VLLM::EngineCore")
-    engine_processes = {pid: name for pid, name in processes.items() if "VLLM::" in name}
+    victim = pid_named(running.processes, "VLLM::Worker" if running.driver == "core" else "VLLM::EngineCore")
+    engine_processes = {pid: name for pid, name in running.processes.items() if "VLLM::" in name}
     running.engine.submit("doomed", request(words(70, 8), stop_conditions={"max_tokens": 1500, "ignore_eos": True}))
     await running.seen.until(lambda: "doomed" in running.seen.outputs)
     killed = time.monotonic()
