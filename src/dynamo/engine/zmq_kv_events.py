@@ -153,15 +153,20 @@ class KvEventRelay:
         *,
         block_size: int | None = None,
         catch_up: bool = False,
+        context: Context | None = None,
     ) -> None:
         """`report` is called on the event loop with the events of one batch.
 
-        `block_size` is what blocks must have, in tokens. Raises zmq.ZMQError for an endpoint that is none.
+        `block_size` is what blocks must have, in tokens. Many relays may share a `context`, and with it its threads;
+        whoever made it ends it. Raises zmq.ZMQError for an endpoint that is none.
         """
+        self.problem = ""
+        """Why what the engine says is of no use, if it is not."""
         self._block_size = block_size
         self._decoder = KvEventDecoder(block_size)
         self._report = report
-        self._context = Context()
+        self._own_context = context is None
+        self._context = context or Context()
         self._socket = self._context.socket(SUB)
         self._socket.setsockopt(RCVHWM, 0)  # a burst of evictions must not be dropped; the loop drains at once
         self._socket.setsockopt_string(SUBSCRIBE, topic)
@@ -177,7 +182,8 @@ class KvEventRelay:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._socket.close(linger=0)
-        self._context.term()
+        if self._own_context:
+            self._context.term()
 
     async def _run(self, catch_up: bool) -> None:
         if catch_up and self._replay_endpoint is not None:
@@ -215,6 +221,7 @@ class KvEventRelay:
             self._report(events)
 
     def _complain(self, error: BlockSizeError) -> None:
+        self.problem = str(error)
         if not self._complained:
             self._complained = True
             log.error("%s: they are of no use and dropped; is this the engine of this worker?", error)
