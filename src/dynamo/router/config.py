@@ -25,6 +25,17 @@ _ONLY = {
 }
 """Settings that users know whose features are not here: asking for one is an error, never silently without effect."""
 
+LINEAR_WEIGHTS = {
+    "overlap_score_weight": None,
+    "overlap_score_credit": 1.0,
+    "overlap_score_credit_decay": 0.0,
+    "host_cache_hit_weight": 0.75,
+    "disk_cache_hit_weight": 0.25,
+    "prefill_load_scale": 1.0,
+    "decode_active_request_weight": 0.0,
+}
+"""Settings that only the linear cost has, and their defaults."""
+
 MAX_AFFINITY_TTL_SECS = 31_536_000  # a year, the bound users know [K46]
 
 
@@ -121,6 +132,12 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
     def credit(self) -> float:
         """What a cached block on the device is worth, in blocks of prefill."""
         return self.overlap_score_credit if self.overlap_score_weight is None else self.overlap_score_weight
+
+    def unread_settings(self) -> list[str]:
+        """Weights that are set, and that the policy does not have."""
+        if self.router_policy == "linear":
+            return []
+        return [name for name, default in LINEAR_WEIGHTS.items() if getattr(self, name) != default]
 
     @classmethod
     def from_json(cls, text: str) -> "KvRouterConfig":

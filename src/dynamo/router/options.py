@@ -1,387 +1,383 @@
-"""Which options does every program that routes by KV caches share?
-
-`add_router_options` adds them to a program's parser, `router_config` reads them back. Options that users know whose
-features are not here are known by name and refused: a router never runs without what was asked.
-"""
+"""Which flags and variables set a KV router, and what do they say? One table, for every program that has a router."""
 
 import argparse
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
 
 from dynamo.router.config import DEFAULT_POLICY, QUEUE_POLICIES, KvRouterConfig, RouterConfig
 from dynamo.router.policies import POLICIES
+from dynamo.router.queue import TIMEOUT_S
 from dynamo.router.queue_profile import configure, load_profile
-from dynamo.runtime.options import OptionParser
+from dynamo.runtime.options import OptionParser, env_number
 from dynamo.runtime.selection import RouterMode
 
 
+def _maybe(number: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number, or the word None for none."""
+
+    def convert(text: str) -> Any:
+        return None if text.strip().lower() in ("none", "") else number(text)
+
+    convert.__name__ = number.__name__  # argparse names it in its message
+    return convert
+
+
 class _Option(NamedTuple):
-    flag: str
+    """A flag, its older names, its variable, the field it sets, and what its value is."""
+
+    flags: tuple[str, ...]
     env: str
     field: str
-    """What it sets: a field of `KvRouterConfig`, or of `RouterConfig`."""
     type: Callable[[str], Any]
-    help: str
-    default: Any = None
-    metavar: str | None = None
-    choices: Sequence[str] | None = None
-    old: str | None = None
-    """A spelling that users know from before."""
+    help: str = argparse.SUPPRESS
+    more: Mapping[str, Any] = MappingProxyType({})
 
 
-_CACHE = (
-    _Option(
-        "--router-kv-events",
-        "DYN_ROUTER_USE_KV_EVENTS",
-        "use_kv_events",
-        bool,
-        "learn it from the workers' KV events, not from what is sent there",
-        True,
-        old="--kv-events",
-    ),
-    _Option(
-        "--router-ttl-secs",
-        "DYN_ROUTER_TTL_SECS",
-        "router_ttl_secs",
-        float,
-        "without events: seconds that a block is taken to be there for",
-        120.0,
-        "SECS",
-    ),
-    _Option(
-        "--router-approximate-cache-policy",
-        "DYN_ROUTER_APPROXIMATE_CACHE_POLICY",
-        "router_approximate_cache_policy",
-        str,
-        "without events: blocks go by age (ttl) or for want of room (lru)",
-        "ttl",
-        choices=("ttl", "lru"),
-    ),
-    _Option(
-        "--router-predicted-ttl-secs",
-        "DYN_ROUTER_PREDICTED_TTL_SECS",
-        "router_predicted_ttl_secs",
-        float,
-        "with events: count what was just sent somewhere as held there for so long (unset: do not)",
-        metavar="SECS",
-    ),
-    _Option(
-        "--router-event-threads",
-        "DYN_ROUTER_EVENT_THREADS",
-        "router_event_threads",
-        int,
-        "taken and without effect: one thread keeps the index",
-        4,
-        "N",
-    ),
-)
-_CHOICE = (
-    _Option(
+def _kv(flag: str, env: str, field: str, kind: Any, text: str = argparse.SUPPRESS, *old: str, **more: Any) -> _Option:
+    return _Option((flag, *old), env, field, kind, text, more)
+
+
+_KV: Final = (
+    _kv(
         "--router-policy",
         "DYN_ROUTER_POLICY",
         "router_policy",
         str,
-        "the cost that decides: " + ", ".join(POLICIES),
-        DEFAULT_POLICY,
-        "NAME",
-        tuple(POLICIES),
+        f"which cost decides: {', '.join(sorted(POLICIES))}",
+        choices=tuple(sorted(POLICIES)),
+        metavar="NAME",
     ),
-    _Option(
-        "--router-kv-overlap-score-credit",
-        "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
-        "overlap_score_credit",
+    _kv(
+        "--router-kv-events",
+        "DYN_ROUTER_USE_KV_EVENTS",
+        "use_kv_events",
+        bool,
+        "know workers' caches by their events; without, guess from what was sent to each",
+        "--kv-events",
+    ),
+    _kv(
+        "--router-ttl-secs",
+        "DYN_ROUTER_TTL_SECS",
+        "router_ttl_secs",
         float,
-        "what a cached block on the device is worth, in blocks of prompt",
-        1.0,
-        "X",
+        "without events: seconds that a sent prefix is taken to be cached",
+        metavar="S",
     ),
-    _Option(
-        "--router-kv-overlap-score-credit-decay",
-        "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
-        "overlap_score_credit_decay",
-        float,
-        "how fast that goes down at a worker with more queued tokens than others",
-        0.0,
-        "X",
+    _kv(
+        "--router-approximate-cache-policy",
+        "DYN_ROUTER_APPROXIMATE_CACHE_POLICY",
+        "router_approximate_cache_policy",
+        str,
+        "without events: forget by age (ttl), or by the worker's room (lru)",
+        choices=("ttl", "lru"),
+        metavar="NAME",
     ),
-    _Option(
-        "--router-host-cache-hit-weight",
-        "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT",
-        "host_cache_hit_weight",
-        float,
-        "what one in host memory is worth",
-        0.75,
-        "X",
+    _kv(
+        "--router-predicted-ttl-secs",
+        "DYN_ROUTER_PREDICTED_TTL_SECS",
+        "router_predicted_ttl_secs",
+        _maybe(float),
+        "with events: a prefix counts for so long from when it is sent, before the worker tells",
+        metavar="S",
     ),
-    _Option(
-        "--router-disk-cache-hit-weight",
-        "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT",
-        "disk_cache_hit_weight",
-        float,
-        "what one on disk is worth",
-        0.25,
-        "X",
-    ),
-    _Option(
-        "--router-prefill-load-scale",
-        "DYN_ROUTER_PREFILL_LOAD_SCALE",
-        "prefill_load_scale",
-        float,
-        "weight of the prompt's part in the cost",
-        1.0,
-        "X",
-    ),
-    _Option(
-        "--router-decode-active-request-weight",
-        "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
-        "decode_active_request_weight",
-        float,
-        "cost of each active request, in blocks",
-        0.0,
-        "X",
-    ),
-    _Option(
+    _kv(
         "--router-temperature",
         "DYN_ROUTER_TEMPERATURE",
         "router_temperature",
         float,
-        "above 0: draw by cost instead of taking the lowest",
-        0.0,
-        "X",
+        "0: the lowest cost wins; above: drawn by cost, the more evenly the higher",
+        metavar="T",
     ),
-    _Option(
-        "--load-aware",
-        "DYN_ROUTER_LOAD_AWARE",
-        "load_aware",
-        bool,
-        "by load alone: no events, no credit for cached blocks, no shared blocks",
-        False,
+    _kv(
+        "--router-kv-overlap-score-credit",
+        "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT",
+        "overlap_score_credit",
+        float,
+        "linear: worth of a block cached on the device",
+        "--kv-overlap-score-weight",
+        metavar="W",
     ),
-    _Option(
-        "--router-prefill-policy",
-        "DYN_ROUTER_PREFILL_POLICY",
-        "router_prefill_policy",
-        str,
-        "worker_selection of the policy file for prefill workers",
-        metavar="NAME",
+    _kv(
+        "--router-kv-overlap-score-credit-decay",
+        "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
+        "overlap_score_credit_decay",
+        float,
+        "linear: how fast that worth falls at a worker with a longer queue than others",
+        metavar="W",
     ),
-    _Option(
-        "--router-decode-policy",
-        "DYN_ROUTER_DECODE_POLICY",
-        "router_decode_policy",
-        str,
-        "worker_selection of the policy file for all others",
-        metavar="NAME",
+    _kv(
+        "--router-host-cache-hit-weight",
+        "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT",
+        "host_cache_hit_weight",
+        float,
+        "linear: worth of a block cached in host memory",
+        metavar="W",
     ),
-)
-_LOAD = (
-    _Option(
+    _kv(
+        "--router-disk-cache-hit-weight",
+        "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT",
+        "disk_cache_hit_weight",
+        float,
+        "linear: worth of a block cached on disk",
+        metavar="W",
+    ),
+    _kv(
+        "--router-prefill-load-scale",
+        "DYN_ROUTER_PREFILL_LOAD_SCALE",
+        "prefill_load_scale",
+        float,
+        "linear: weight of prompt blocks to compute",
+        metavar="W",
+    ),
+    _kv(
+        "--router-decode-active-request-weight",
+        "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
+        "decode_active_request_weight",
+        float,
+        "linear: blocks that each active request counts as, beside those it holds",
+        metavar="W",
+    ),
+    _kv(
         "--router-track-active-blocks",
         "DYN_ROUTER_TRACK_ACTIVE_BLOCKS",
         "router_track_active_blocks",
         bool,
-        "count the KV blocks of active requests",
-        True,
-        old="--track-active-blocks",
+        "count the KV blocks of running requests",
+        "--track-active-blocks",
     ),
-    _Option(
+    _kv(
         "--router-track-output-blocks",
         "DYN_ROUTER_TRACK_OUTPUT_BLOCKS",
         "router_track_output_blocks",
         bool,
-        "count the blocks that they generate, too",
-        False,
-        old="--track-output-blocks",
+        "count the blocks that answers fill too",
+        "--track-output-blocks",
     ),
-    _Option(
+    _kv(
         "--router-track-prefill-tokens",
         "DYN_ROUTER_TRACK_PREFILL_TOKENS",
         "router_track_prefill_tokens",
         bool,
-        "count the prompt tokens that are not computed yet",
-        True,
+        "count prompt tokens that are not computed yet",
     ),
-    _Option(
+    _kv(
         "--router-assume-kv-reuse",
         "DYN_ROUTER_ASSUME_KV_REUSE",
         "router_assume_kv_reuse",
         bool,
-        "count a block that several active requests have once",
-        True,
-        old="--assume-kv-reuse",
+        "running requests share the blocks of equal prefixes",
+        "--assume-kv-reuse",
     ),
-    _Option(
-        "--router-active-request-expiry-secs",
-        "DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS",
-        "active_request_expiry_secs",
-        float,
-        "forget a request that nobody ended after so long",
-        300.0,
-        "SECS",
+    _kv(
+        "--router-replica-sync",
+        "DYN_ROUTER_REPLICA_SYNC",
+        "router_replica_sync",
+        bool,
+        "tell other routers of the same workers what is sent where, and hear them",
     ),
-)
-_REPLICA_SYNC = _Option(
-    "--router-replica-sync",
-    "DYN_ROUTER_REPLICA_SYNC",
-    "router_replica_sync",
-    bool,
-    "tell the other routers of the same workers what is sent where",
-    False,
-)
-_LIMITS = (
-    _Option(
+    _kv(
         "--router-queue-threshold",
         "DYN_ROUTER_QUEUE_THRESHOLD",
         "router_queue_threshold",
-        float,
-        "wait while every worker has more queued prompt tokens than this multiple of a step (unset: never)",
-        metavar="X",
+        _maybe(float),
+        "let requests wait here while every worker has more prompt tokens queued than so many times its "
+        "max_num_batched_tokens",
+        metavar="F",
     ),
-    _Option(
+    _kv(
         "--router-queue-policy",
         "DYN_ROUTER_QUEUE_POLICY",
         "router_queue_policy",
         str,
-        "who goes first",
-        "fcfs",
+        f"who goes first from that queue: {', '.join(QUEUE_POLICIES)}",
         choices=QUEUE_POLICIES,
+        metavar="NAME",
     ),
-    _Option(
+    _kv(
         "--router-policy-config",
         "DYN_ROUTER_POLICY_CONFIG",
         "router_policy_config",
         str,
-        "YAML file of queue classes and worker selections",
+        "YAML file with classes of the queue and settings of the choice",
         metavar="FILE",
     ),
-    _Option(
+    _kv(
+        "--router-decode-policy",
+        "DYN_ROUTER_DECODE_POLICY",
+        "router_decode_policy",
+        str,
+        "entry of that file's worker_selection to choose by",
+        metavar="NAME",
+    ),
+    _kv(
+        "--router-prefill-policy",
+        "DYN_ROUTER_PREFILL_POLICY",
+        "router_prefill_policy",
+        str,
+        "the same for workers that only compute prompts",
+        metavar="NAME",
+    ),
+    # Taken because command lines have it; one thread keeps the index, at over a million blocks a second.
+    _kv("--router-event-threads", "DYN_ROUTER_EVENT_THREADS", "router_event_threads", int),
+    # Features that are not here: taken at the value that asks for nothing, and refused by name at any other.
+    _kv("--router-tracking-hash", "DYN_ROUTER_TRACKING_HASH", "router_tracking_hash", str),
+    _kv("--router-tracking-key-file", "DYN_ROUTER_TRACKING_KEY_FILE", "router_tracking_key_file", str),
+    _kv("--router-tracking-key-id", "DYN_ROUTER_TRACKING_KEY_ID", "router_tracking_key_id", str),
+    _kv("--router-prefill-load-model", "DYN_ROUTER_PREFILL_LOAD_MODEL", "router_prefill_load_model", str),
+    _kv("--use-remote-indexer", "DYN_USE_REMOTE_INDEXER", "use_remote_indexer", bool),
+    _kv("--serve-indexer", "DYN_SERVE_INDEXER", "serve_indexer", bool),
+    _kv("--enable-session-prefix-index", "DYN_ENABLE_SESSION_PREFIX_INDEX", "enable_session_prefix_index", bool),
+    _kv("--shared-cache-multiplier", "DYN_SHARED_CACHE_MULTIPLIER", "shared_cache_multiplier", _maybe(float)),
+    _kv("--shared-cache-type", "DYN_SHARED_CACHE_TYPE", "shared_cache_type", str),
+    _kv("--router-conditional-disagg", "DYN_ROUTER_CONDITIONAL_DISAGG", "conditional_disagg_enabled", bool),
+)
+
+_AROUND: Final = (
+    _kv(
         "--active-decode-blocks-threshold",
         "DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD",
         "active_decode_blocks_threshold",
-        float,
-        "a worker is busy above this share of its KV blocks, 0 to 1 (unset: off)",
-        metavar="X",
+        _maybe(float),
+        "a worker is busy with more than this share (0 to 1) of its KV blocks in use; all busy: 529",
+        metavar="F",
     ),
-    _Option(
+    _kv(
         "--active-prefill-tokens-threshold",
         "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD",
         "active_prefill_tokens_threshold",
-        int,
-        "a worker is busy above so many queued prompt tokens (unset: off)",
+        _maybe(int),
+        "or with more prompt tokens than this to compute",
         metavar="N",
     ),
-    _Option(
+    _kv(
         "--active-prefill-tokens-threshold-frac",
         "DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC",
         "active_prefill_tokens_threshold_frac",
-        float,
-        "the same in multiples of max_num_batched_tokens (unset: off)",
-        metavar="X",
+        _maybe(float),
+        "or with more than so many times its max_num_batched_tokens",
+        metavar="F",
     ),
-)
-_AFFINITY = (
-    _Option(
+    _kv(
         "--router-session-affinity-ttl-secs",
         "DYN_ROUTER_SESSION_AFFINITY_TTL_SECS",
         "session_affinity_ttl_secs",
-        int,
-        "keep a session at its worker until it was idle for so long (unset: do not)",
-        metavar="SECS",
-        old="--session-affinity-ttl-secs",
+        _maybe(int),
+        "keep a session (header x-dynamo-session-id) at one worker until it was idle for so long",
+        metavar="S",
     ),
-    _Option(
+    _kv(
         "--router-session-affinity-mode",
         "DYN_ROUTER_SESSION_AFFINITY_MODE",
         "session_affinity_mode",
         str,
-        "hard: always; soft: not while that worker is busy",
-        "hard",
+        "hard: always there; soft: elsewhere while that worker is full",
         choices=("hard", "soft"),
+        metavar="NAME",
     ),
+    # Deprecated where it comes from: roles follow from the workers that register.
+    _kv("--enforce-disagg", "DYN_ENFORCE_DISAGG", "enforce_disagg", bool),
 )
-_ABSENT = {
-    "--serve-indexer": "serving the index over the request plane is not in this version; see python -m dynamo.indexer",
-    "--use-remote-indexer": "an index in another process is not in this version",
-    "--enable-session-prefix-index": "the session prefix index is not in this version",
-    "--shared-cache-type": "a cache shared by all workers is not in this version",
-    "--shared-cache-multiplier": "a cache shared by all workers is not in this version",
-    "--router-prefill-load-model": "prefill times from a profile are not here; see --router-policy predicted",
-    "--router-tracking-hash": "keyed tracking hashes are not in this version",
-    "--router-tracking-key-file": "keyed tracking hashes are not in this version",
-    "--router-tracking-key-id": "keyed tracking hashes are not in this version",
-    "--router-conditional-disagg": "separate prefill and decode workers are not in this version",
-    "--router-conditional-disagg-config": "separate prefill and decode workers are not in this version",
+
+_LOAD_AWARE: Final = {
+    "overlap_score_credit": 0.0,
+    "host_cache_hit_weight": 0.0,
+    "disk_cache_hit_weight": 0.0,
+    "use_kv_events": False,
+    "router_assume_kv_reuse": False,
+    "router_track_active_blocks": True,
+    "router_track_prefill_tokens": True,
 }
-_OFF = {"none", "public-xxh3-v1", "false", "0"}  # values of absent options that ask for nothing
-_LOAD_AWARE = {"overlap_score_credit": 0.0, "use_kv_events": False, "router_assume_kv_reuse": False}
+"""What `--load-aware` stands for [K36]."""
 
 
-def add_router_options(parser: OptionParser, *, replica_sync: bool = True) -> None:
-    """Add the options of `KvRouterConfig` and `RouterConfig`, in groups whose names begin with "router".
-
-    `replica_sync` is for programs whose routers find each other through discovery.
-    """
-    for title, options in (
-        ("router: what workers hold", _CACHE),
-        ("router: which worker", _CHOICE),
-        ("router: how busy workers are", (*_LOAD, _REPLICA_SYNC) if replica_sync else _LOAD),
-        ("router: when all are busy", _LIMITS),
-        ("router: sessions", _AFFINITY),
-    ):
-        group = parser.add_argument_group(title)
-        for option in options:
-            flags = [option.flag, option.old] if option.old else [option.flag]
-            more = {} if option.type is bool else {"metavar": option.metavar, "choices": option.choices}
-            parser.option(
+def add_router_options(p: OptionParser) -> None:
+    """Add every flag of a KV router, in two groups."""
+    kv = p.add_argument_group("KV routing (--router-mode kv)")
+    around = p.add_argument_group("overload and sessions (--router-mode kv)")
+    for group, options, defaults in ((kv, _KV, KvRouterConfig()), (around, _AROUND, RouterConfig())):
+        for each in options:
+            p.option(
                 group,
-                *flags,
-                env=option.env,
-                type=option.type,
-                default=option.default,
-                help=option.help,
-                dest=option.field,
-                **more,
+                *each.flags,
+                env=each.env,
+                dest=each.field,
+                default=getattr(defaults, each.field),
+                type=each.type,
+                help=each.help,
+                **each.more,
             )
-    for flag, why in _ABSENT.items():
-        _refuse(parser, flag, why)
+    p.option(
+        kv,
+        "--load-aware",
+        env="DYN_ROUTER_LOAD_AWARE",
+        dest="load_aware",
+        default=False,
+        type=bool,
+        help="short for --router-mode kv by load alone, with no regard to caches",
+    )
 
 
-def _refuse(parser: OptionParser, flag: str, why: str) -> None:
-    class Refuse(argparse.Action):
-        def __call__(
-            self,
-            parser: argparse.ArgumentParser,
-            namespace: argparse.Namespace,
-            values: str | Sequence[Any] | None,
-            option_string: str | None = None,
-        ) -> None:
-            if values is None or str(values) not in _OFF:
-                parser.error(f"{flag}: {why}")
+def router_config(given: dict[str, Any], mode: RouterMode) -> RouterConfig:
+    """Take the options of `add_router_options` out of `given`, and make them a configuration.
 
-    parser.add_argument(flag, nargs="?", action=Refuse, help=argparse.SUPPRESS, dest=argparse.SUPPRESS)
-
-
-def router_config(args: argparse.Namespace) -> RouterConfig:
-    """What the options say, checked down to the policy file.
+    A weight of the linear cost means that cost, where no policy is named.
 
     Raises:
-        ValueError: a value that cannot be meant, or options that do not fit together; names the field.
+        ValueError: naming the flag, the variable, or what is wrong in the policy file.
     """
-    given = {name: value for name, value in vars(args).items() if name in KvRouterConfig.__struct_fields__}
-    if args.load_aware:
-        given |= _LOAD_AWARE
-    config = KvRouterConfig(**given)
-    if config.router_predicted_ttl_secs is not None and not config.use_kv_events:
-        raise ValueError("--router-predicted-ttl-secs: needs KV events; without them see --router-ttl-secs")
-    profile = load_profile(config)
-    for selection in (config.router_prefill_policy, config.router_decode_policy):
-        configure(config, profile, selection)
-    return RouterConfig(
-        RouterMode.KV,
-        config,
-        args.active_decode_blocks_threshold,
-        args.active_prefill_tokens_threshold,
-        args.active_prefill_tokens_threshold_frac,
-        session_affinity_ttl_secs=args.session_affinity_ttl_secs,
-        session_affinity_mode=args.session_affinity_mode,
+    kv = {each.field: given.pop(each.field) for each in _KV}
+    around = {each.field: given.pop(each.field) for each in _AROUND}
+    if given.pop("load_aware"):
+        kv |= _LOAD_AWARE
+        mode = RouterMode.KV
+    try:
+        config = KvRouterConfig(**kv)
+        unread = config.unread_settings()
+        if unread and config.router_policy == DEFAULT_POLICY:
+            config = config.with_overrides(router_policy="linear")
+        elif unread:
+            raise ValueError(f"{unread[0]}: the policy {config.router_policy} has no such weight; linear has")
+        router = RouterConfig(mode=mode, config=config, **around)
+        configure(config, load_profile(config), config.router_decode_policy)
+    except ValueError as e:
+        raise ValueError(_with_flag(str(e))) from None
+    _check_environment()
+    return router
+
+
+def _check_environment() -> None:
+    """What a router reads when it begins must not be found wrong only then."""
+    for name, least, default in (
+        ("DYN_ROUTER_QUEUE_TIMEOUT_SECS", 1e-3, TIMEOUT_S),
+        ("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", 1e-3, 1.0),
+        ("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS", 0.0, 0.0),
+    ):
+        value = env_number(name, default)
+        if not least <= value < math.inf:
+            raise ValueError(f"{name} must be at least {least:g} seconds, got {value:g}")
+
+
+def options_without_effect(config: RouterConfig) -> list[str]:
+    """The flags that were set, of a router that does not look at them because its mode is another."""
+    if config.mode is RouterMode.KV:
+        return []
+    chosen: tuple[tuple[tuple[_Option, ...], Any, Any], ...] = (
+        (_KV, config.config or KvRouterConfig(), KvRouterConfig()),
+        (_AROUND, config, RouterConfig()),
     )
+    return [
+        each.flags[0]
+        for options, given, default in chosen
+        for each in options
+        if each.field != "router_event_threads" and getattr(given, each.field) != getattr(default, each.field)
+    ]
+
+
+def _with_flag(message: str) -> str:
+    """The message with the flag in place of the field that it begins with."""
+    for each in (*_KV, *_AROUND):
+        if message.startswith(each.field) and not message[len(each.field) :][:1].isidentifier():
+            return each.flags[0] + message[len(each.field) :]
+    return message

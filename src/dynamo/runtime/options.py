@@ -70,11 +70,11 @@ class OptionParser(argparse.ArgumentParser):
         choices: Sequence[Any] | None = None,
         **more: Any,
     ) -> None:
-        """Add one option. `type=bool` makes a `--x/--no-x` pair."""
+        """Add one option. `type=bool` makes a `--x/--no-x` pair; `help=argparse.SUPPRESS` keeps it out of the help."""
         notes = [f"[{env}]"] if env else []
         if default is not None and default != "":
             notes.append(f"(default: {default})")
-        text = " ".join([help, *notes]).replace("%", "%%")
+        text = help if help is argparse.SUPPRESS else " ".join([help, *notes]).replace("%", "%%")
         if type is bool:
             action = group.add_argument(
                 *flags, action=argparse.BooleanOptionalAction, default=default, help=text, **more
