@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -67,8 +67,7 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection: sends a request, waits for the end of its chunked answer."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         self.done: asyncio.Future[int] | None = None
 
     def ask(self, request: bytes) -> "asyncio.Future[int]":
