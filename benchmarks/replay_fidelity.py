@@ -1,17 +1,15 @@
-"""Does the simulator agree with ai-dynamo's, and how fast is it? `python benchmarks/replay_fidelity.py`.
+"""Does the simulator agree with ai-dynamo's? `python benchmarks/replay_fidelity.py`.
 
 Both replay the same trace with default engines: 16,384 blocks of 64 tokens, 8,192 tokens a step; a trace's blocks are
 of 512 tokens. What the peer answered stands in benchmarks/data/replay_peer.json, with its version; `--peer PYTHON`
-(an interpreter that has ai-dynamo) asks it again. Goal: mean TTFT, mean TPOT and reuse within 10 %; the conversation
-trace with 8 workers at least 300 times as fast as real time on one core.
+(an interpreter that has ai-dynamo) asks it again. Goal: mean TTFT, mean TPOT and reuse of round robin within 10 %.
+`kv_router` is the peer's cost there and our `linear` here.
 """
 
 import argparse
 import json
 import subprocess
 import sys
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ CASES = (
     ("synthetic", 8, "kv_router", 2.0),
 )
 COMPARED = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "mean_e2e_latency_ms", "prefix_cache_reused_ratio")
-GOAL, GOAL_SPEED = 0.10, 300
+GOAL = 0.10
 ASK = """
 import json, sys
 from importlib.metadata import version
@@ -59,22 +57,20 @@ def ask(peer: Path) -> dict[str, Any]:
     return answers
 
 
-def ours(name: str, workers: int, mode: str, speedup: float) -> tuple[dict[str, Any], float]:
-    """Our summary, and CPU seconds. `kv_router` is the peer's cost, whatever our default is."""
-    began = time.process_time()
-    report = run_trace_replay(
+def ours(name: str, workers: int, mode: str, speedup: float) -> dict[str, Any]:
+    """Our summary."""
+    return run_trace_replay(
         trace(name),
         num_workers=workers,
         router_mode=mode,
         router_config=KvRouterConfig(router_policy="linear"),
         arrival_speedup_ratio=speedup,
         trace_block_size=512,
-    )
-    return report.summary, time.process_time() - began
+    ).summary
 
 
 def main() -> int:
-    """Print a table; the status is 1 if a goal is missed."""
+    """Print a table; the status is 1 if the goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer", type=Path, help="an interpreter that has ai-dynamo: ask it anew")
     args = parser.parse_args()
@@ -85,13 +81,13 @@ def main() -> int:
         RECORDED.write_text(json.dumps(ask(args.peer), indent=1) + "\n")
     recorded = json.loads(RECORDED.read_text())
     peer_version = next(iter(recorded.values()))["version"]
-    print(f"ours / ai-dynamo {peer_version}, Python {sys.version.split()[0]}, xxhash {version('xxhash')}")
+    print(f"ours / ai-dynamo {peer_version}, Python {sys.version.split()[0]}")
     print(f"{'trace':<13}{'workers':>8} {'router':<12}{'speed':>6}", end="")
     print("".join(f"{key.replace('_ms', '').replace('prefix_cache_', ''):>26}" for key in COMPARED))
     worst = 0.0
     for name, workers, mode, speedup in CASES:
         theirs = recorded[f"{name} {workers} {mode} {speedup:g}"]
-        mine, _ = ours(name, workers, mode, speedup)
+        mine = ours(name, workers, mode, speedup)
         print(f"{name:<13}{workers:>8} {mode:<12}{speedup:>6g}", end="")
         for key in COMPARED:
             off = mine[key] / theirs[key] - 1
@@ -99,13 +95,8 @@ def main() -> int:
             if mode == "round_robin" and key in ("mean_ttft_ms", "mean_tpot_ms", "prefix_cache_reused_ratio"):
                 worst = max(worst, abs(off))
         print(flush=True)
-    speeds = []
-    for mode in ("round_robin", "kv_router"):
-        summary, cpu_s = ours("conversation", 8, mode, 1.0)
-        speeds.append(summary["duration_ms"] / 1000 / cpu_s)
-        print(f"speed: conversation, 8 workers, {mode}: {cpu_s:.1f} s of CPU, {speeds[-1]:.0f} x real time")
-    print(f"round robin agrees within {worst:.2%} (goal {GOAL:.0%}); speed {min(speeds):.0f} (goal {GOAL_SPEED})")
-    return int(worst > GOAL or min(speeds) < GOAL_SPEED)
+    print(f"round robin agrees within {worst:.2%} (goal {GOAL:.0%})")
+    return int(worst > GOAL)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """How does this compare with the peer, and what does each part cost? Writes docs/reference/benchmarks.md.
 
-usage: scripts/bench.py [--rounds 3] [--only peer|own] [--peer PYTHON] [--render]
+usage: scripts/bench.py [--rounds 3] [--only peer|own|NAME[,NAME]] [--peer PYTHON] [--render]
 
 Runs ../shared/bench/compare.py, which measures this project's frontend and ai-dynamo's in turn with the same command
 lines and load (its environment is made in build/peer the first time), then the benchmarks of this repository. Raw
-results are kept in build/bench; --render writes the page from them without measuring again. Measure on a machine that
+results are kept in build/bench; --render writes the page from them without measuring again, and --only measures one
+side, or single files of benchmarks/. What was not measured here stays on the page as it is. Measure on a machine that
 does nothing else.
 """
 
@@ -39,6 +40,7 @@ SCENARIOS = {
 }
 GOALS = {"stream": 0.30, "crowd": 0.45, "unary": 0.30, "long": 0.75, "shared": 0.30, "single": 0.15}
 
+BESIDE_PEER = "Beside ai-dynamo 1.6.1"
 FIRST = "vllm_worker"  # of our own: what users feel most
 
 
@@ -47,19 +49,28 @@ def own() -> list[str]:
     return sorted((p.stem for p in (ROOT / "benchmarks").glob("*.py")), key=lambda name: (name != FIRST, name))
 
 
+def wanted(words: str) -> list[str]:
+    """What --only asks for. Raises ArgumentTypeError naming what there is."""
+    names = own() if words == "own" else words.split(",")
+    unknown = [name for name in names if name != "peer" and name not in own()]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no such benchmark: {unknown[0]}; there are peer, own, {', '.join(own())}")
+    return names
+
+
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=3)
-    ap.add_argument("--only", choices=("peer", "own"))
+    ap.add_argument("--only", type=wanted, default=["peer", *own()], help="peer, own, or names of benchmarks")
     ap.add_argument("--peer", type=Path, help="an interpreter that has the peer (default: made in build/peer)")
     ap.add_argument("--render", action="store_true", help="write the page from the last results")
     a = ap.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not a.render:
-        if a.only != "own":
-            compare(a.rounds, a.peer)
-        if a.only != "peer":
-            for name in own():
+        for name in a.only:
+            if name == "peer":
+                compare(a.rounds, a.peer)
+            else:
                 run_own(name)
     PAGE.write_text(page())
     print(f"wrote {PAGE.relative_to(ROOT)}")
@@ -98,8 +109,7 @@ def run_own(name: str) -> None:
     except subprocess.TimeoutExpired:
         text = f"not finished after {OWN_TIMEOUT_S:.0f} s"
     print(text, flush=True)
-    question = program.read_text().split('"""', 2)[1].strip().splitlines()[0]
-    result = {"question": question, "command": command, "text": text.rstrip(), **about()}
+    result = {"command": command, "text": text.rstrip(), **about()}
     (RESULTS / f"{name}.json").write_text(json.dumps(result))
 
 
@@ -134,19 +144,48 @@ def _kept(name: str) -> Any:
 
 
 def page() -> str:
-    """The page, from what is kept."""
+    """The page: what is kept here, and of the page as it is what is not."""
+    present = sections(PAGE.read_text() if PAGE.exists() else "")
     parts = [
         "# Benchmarks",
         "",
         "Written by `make bench`; do not edit. A benchmark, its command and its last result stand together.",
         "",
     ]
-    parts += peer_part(_kept("compare"), _kept("compare.about"))
+    measured, about = _kept("compare"), _kept("compare.about")
+    if measured is None and BESIDE_PEER in present:
+        parts += present[BESIDE_PEER]
+    else:
+        parts += peer_part(measured, about)
     for name in own():
+        question = asked(name)
         if (kept := _kept(name)) is not None:
-            parts += [f"## {kept['question']}", "", f"`{kept['command']}`, {_where(kept)}:", ""]
+            parts += [f"## {question}", "", f"`{kept['command']}`, {_where(kept)}:", ""]
             parts += ["```", kept["text"], "```", ""]
+        else:
+            parts += present.get(question, [])
     return "\n".join(parts).rstrip() + "\n"
+
+
+def sections(text: str) -> dict[str, list[str]]:
+    """The lines of each section of a page, its heading included, by its heading."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.startswith("## "):
+            lines = found[line.removeprefix("## ")] = []
+        lines.append(line)
+    for section in found.values():
+        while section and not section[-1]:
+            section.pop()
+        section.append("")
+    return found
+
+
+def asked(name: str) -> str:
+    """The question that a benchmark answers: the first sentence of its file."""
+    first = (ROOT / "benchmarks" / f"{name}.py").read_text().split('"""', 2)[1].strip().splitlines()[0]
+    return first[: first.index("?") + 1] if "?" in first else first
 
 
 def _where(about: dict[str, Any]) -> str:
@@ -155,7 +194,7 @@ def _where(about: dict[str, Any]) -> str:
 
 def peer_part(report: dict[str, Any] | None, about: dict[str, Any] | None) -> list[str]:
     """The comparison, as two tables."""
-    head = ["## Beside ai-dynamo 1.6.1", ""]
+    head = [f"## {BESIDE_PEER}", ""]
     if report is None or about is None:
         return [*head, "Not measured on this machine yet.", ""]
     scenarios = report["scenarios"]
