@@ -11,14 +11,12 @@ import pytest
 from hypothesis import given
 
 from dynamo.replay import ReplayReport, TelemetryOptions, TraceError, run_synthetic_trace_replay, run_trace_replay
-from dynamo.replay.experiment import Experiment
 from dynamo.replay.measures import Distribution, Sample, Timeline
 from dynamo.replay.page import hit_rate, page
 from dynamo.replay.plots import Axis, Series, plot
 from dynamo.replay.table import table
-from dynamo.replay.traces import SyntheticWorkload
 from dynamo.router.config import KvRouterConfig
-from tests.replay.workloads import write_jsonl
+from tests.replay.workloads import outcome, write_jsonl
 
 LINES = [
     {"timestamp": 100 * i, "input_length": 1000, "output_length": 8, "hash_ids": [i % 3, 10 + i % 3]} for i in range(30)
@@ -28,19 +26,6 @@ LINES = [
 @pytest.fixture
 def trace(tmp_path):
     return write_jsonl(tmp_path / "trace.jsonl", *LINES)
-
-
-def outcome(policy="round-robin", **more):
-    workload = SyntheticWorkload(
-        input_tokens=800,
-        output_tokens=20,
-        request_count=60,
-        request_rate=20,
-        shared_prefix_ratio=0.5,
-        num_prefix_groups=4,
-        spread=0.5,
-    )
-    return Experiment(synthetic=workload, num_workers=3, policy=policy, sample_interval_ms=100, **more).run()
 
 
 # --- for programs

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from dynamo.mocker.batching import SchedulerConfig
+from dynamo.replay.experiment import Experiment, Outcome
 from dynamo.replay.routing import make_routing
 from dynamo.replay.simulate import Arrivals, Record, Simulation
 from dynamo.replay.traces import SyntheticWorkload, TraceRequest
@@ -69,3 +70,17 @@ def crowd(count: int = 200, *, seed: int = 1, **more: object) -> list[TraceReque
         "seed": seed,
     }
     return list(SyntheticWorkload(**(numbers | more)).requests())  # type: ignore[arg-type]
+
+
+def outcome(policy: str = "round-robin", **more: object) -> Outcome:
+    """What came of a small run."""
+    workload = SyntheticWorkload(
+        input_tokens=800,
+        output_tokens=20,
+        request_count=60,
+        request_rate=20,
+        shared_prefix_ratio=0.5,
+        num_prefix_groups=4,
+        spread=0.5,
+    )
+    return Experiment(synthetic=workload, num_workers=3, policy=policy, sample_interval_ms=100, **more).run()  # type: ignore[arg-type]
