@@ -217,11 +217,11 @@ class ActiveLoad:
         self.prefill_tokens[position] -= booking.new_tokens
         self.prefill_requests[position] -= 1
 
-    def output_block(self, request_id: str) -> None:
+    def output_block(self, request_id: str, decay_fraction: float | None = None) -> None:
         """The request filled one more block with what it generated [K30]. Unknown ids are ignored.
 
         If its length is expected, its own blocks count for less as its end comes near: by the share of the output
-        that is still to come.
+        that is still to come, or by `decay_fraction` where somebody knows better.
         """
         booking = self.bookings.get(request_id)
         if booking is None:
@@ -229,7 +229,9 @@ class ActiveLoad:
         booking.private_blocks += 1
         booking.generated_blocks += 1
         counted = booking.private_blocks
-        if booking.expected_blocks > 0:
+        if decay_fraction is not None:
+            counted = round(counted * decay_fraction)
+        elif booking.expected_blocks > 0:
             counted = round(counted * max(0.0, 1 - booking.generated_blocks / booking.expected_blocks))
         position = self.position[booking.worker]
         self.touched.add(position)

@@ -332,10 +332,10 @@ class KvScheduler:
             )
         self.load.prefill_done(request_id, now)
 
-    def output_block(self, request_id: str) -> None:
-        """The request generated one more block of tokens [K30]."""
+    def output_block(self, request_id: str, decay_fraction: float | None = None) -> None:
+        """The request generated one more block of tokens [K30]. See `ActiveLoad.output_block`."""
         if self.config.router_track_output_blocks:
-            self.load.output_block(request_id)
+            self.load.output_block(request_id, decay_fraction)
 
     def free(self, request_id: str, now: float | None = None, output_tokens: int | None = None) -> Booking | None:
         """The request ended, however it did. Unknown ids are ignored, so that every path may call this.
