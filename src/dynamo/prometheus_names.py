@@ -241,6 +241,9 @@ class router:
     OVERLAP_BLOCKS_LOST = "router_overlap_blocks_lost"
     WORKER_REGISTERED = "router_worker_registered"
     KV_EVENT_SOURCE_MISMATCH_WORKERS = "router_kv_event_source_mismatch_workers"
+    APPROXIMATE_CACHE_CONFIGURED_POLICY = "router_approximate_cache_configured_policy"
+    APPROXIMATE_CACHE_EFFECTIVE_POLICY = "router_approximate_cache_effective_policy"
+    APPROXIMATE_CACHE_BLOCKS = "router_approximate_cache_blocks"
 
 
 class routing_overhead:
@@ -263,10 +266,10 @@ class kvrouter:
 class kv_ingress:
     """Sources of KV events as a router follows them (`dynamo_component_`)."""
 
-    BATCHES_TOTAL = "kv_zmq_ingress_batches_total"
-    LIFECYCLE_TOTAL = "kv_zmq_ingress_lifecycle_total"
-    SOURCES = "kv_zmq_ingress_sources"
-    INDEX_BLOCKS = "kv_index_blocks"
+    BATCHES_TOTAL = "router_kv_zmq_ingress_batches_total"
+    LIFECYCLE_TOTAL = "router_kv_zmq_ingress_lifecycle_total"
+    SOURCES = "router_kv_zmq_ingress_sources"
+    INDEX_BLOCKS = "router_kv_index_blocks"
 
 
 class kv_publisher:

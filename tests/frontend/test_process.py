@@ -102,8 +102,10 @@ def refused(*arguments: str, **env: str) -> str:
 
 def test_what_the_settings_cannot_be_is_said_in_one_line(tmp_path: Path) -> None:
     assert "did you mean --http-port" in refused("--http-prot", "1")
-    assert "KV-aware routing is not in this version" in refused("--router-mode", "kv")
-    assert "KV-aware routing is not in this version" in refused(DYN_ROUTER_MODE="kv")
+    assert "--router-temperature must be at least 0" in refused("--router-temperature", "-1")
+    assert "--use-remote-indexer: only False is in this version" in refused(DYN_USE_REMOTE_INDEXER="true")
+    assert "sticky has no such weight" in refused("--router-policy", "sticky", "--router-prefill-load-scale", "2")
+    assert "DYN_ROUTER_QUEUE_TIMEOUT_SECS" in refused(DYN_ROUTER_QUEUE_TIMEOUT_SECS="0")
     assert "dynamo run MODEL in=text" in refused("--interactive")
     assert "use 0" in refused("--migration-limit", "3")
     assert "no file" in refused("--request-template", str(tmp_path / "absent.json"))

@@ -70,7 +70,7 @@ async def test_a_lost_message_is_told_again(runtime):
         assert line(feed)["recoveries"] == {"dump": 1, "events": 1}
         assert line(feed)["state"] == "synced"
         text = runtime.metrics.render().decode()
-        assert 'kv_zmq_ingress_lifecycle_total{action="gap"' in text
+        assert 'router_kv_zmq_ingress_lifecycle_total{action="gap"' in text
         assert "kv_cache_events_applied{" in text
 
 

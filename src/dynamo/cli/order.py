@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from dynamo.frontend.args import ABSENT_ROUTER_MODES, ROUTER_MODES
+from dynamo.frontend.args import ROUTER_MODES
 from dynamo.runtime.options import OptionParser
 
 INPUTS = ("http", "text", "stdin", "batch:FILE.jsonl")
@@ -36,7 +36,7 @@ def parser() -> OptionParser:
     p.option(workers, "--tensor-parallel-size", metavar="N", type=int, help="GPUs that one worker spans (vllm)")
     p.option(
         workers, "--router-mode", env="DYN_ROUTER_MODE", default="round-robin", choices=ROUTER_MODES, metavar="MODE",
-        help="how the frontend chooses a worker: " + ", ".join(m for m in ROUTER_MODES if m not in ABSENT_ROUTER_MODES),
+        help="how the frontend chooses a worker: " + ", ".join(ROUTER_MODES),
     )  # fmt: skip
     p.option(
         workers,
@@ -98,8 +98,6 @@ def parse(argv: Sequence[str], stdin_is_terminal: bool) -> Order:
     options = p.parse(rest)
     if options.model and options.model_path:
         p.error("MODEL and --model-path are the same: give one")
-    if options.router_mode in ABSENT_ROUTER_MODES:
-        p.error(f"--router-mode {options.router_mode}: {ABSENT_ROUTER_MODES[options.router_mode]}")
     for name in ("num_workers", "concurrency"):
         if getattr(options, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")

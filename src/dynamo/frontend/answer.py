@@ -41,6 +41,7 @@ class AnswerPlan(msgspec.Struct, frozen=True, kw_only=True):
     extra_fields: frozenset[str] = frozenset()
     annotations: tuple[tuple[str, object], ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    explains_routing: bool = False
 
 
 class Answer(ABC):
@@ -158,6 +159,8 @@ class Answer(ABC):
 
     def release(self) -> None:
         """Forget the streams, which know the answer: a request must leave no cycle for the garbage collector."""
+        for stream in self.streams:
+            stream.ticket = None
         self.streams.clear()
 
     def _stop_workers(self) -> None:
@@ -206,4 +209,13 @@ class Answer(ABC):
             fields["prefill_time_ms"] = (first - self.dispatched_at) * 1e3
             fields["ttft_ms"] = (first - start) * 1e3
         fields["total_time_ms"] = (now - start) * 1e3
+        stream = self.streams[0]
+        if stream.ticket is not None and (decision := stream.ticket.decision) is not None:
+            fields["kv_hit_rate"] = decision.hit_rate
+            fields["router_queue_depth"] = stream.queue_depth
         return fields
+
+    def routing(self) -> dict[str, Any] | list[dict[str, Any]]:
+        """The `routing` object of nvext: why each prompt went where it did. A list if there are several prompts."""
+        explained = [stream.explain_routing() for stream in self.streams]
+        return explained[0] if len(explained) == 1 else explained

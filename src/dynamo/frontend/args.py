@@ -6,10 +6,12 @@ from pathlib import Path
 
 import msgspec
 
+from dynamo.router.config import RouterConfig
+from dynamo.router.options import add_router_options, router_config
 from dynamo.runtime.options import OptionParser, env_bool, env_number
+from dynamo.runtime.selection import RouterMode
 
 ROUTER_MODES = ("round-robin", "random", "power-of-two", "kv", "direct", "least-loaded", "device-aware-weighted")
-ABSENT_ROUTER_MODES = {"kv": "KV-aware routing is not in this version"}
 
 
 class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +31,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     request_plane: str | None = None
     event_plane: str | None = None
     router_mode: str = "round-robin"
+    router: RouterConfig = RouterConfig()
+    """What `router_mode` kv looks at."""
     router_min_initial_workers: int = 0
     migration_limit: int = 0
 
@@ -47,6 +51,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     fd_limit_target: int = 65536
     force_include_usage: bool = False
     metadata_header: str | None = None
+    admin_api: bool = True
 
     @classmethod
     def from_env(cls) -> "Limits":
@@ -64,6 +69,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             fd_limit_target=int(env_number("DYN_FRONTEND_FD_LIMIT_TARGET", 65536)),
             force_include_usage=env_bool("DYN_ENABLE_FORCE_INCLUDE_USAGE", default=False),
             metadata_header=os.environ.get("DYN_METADATA_HEADER") or None,
+            admin_api=not env_bool("DYN_DISABLE_FRONTEND_ADMIN_API", default=False),
         )
         for name, value, least in (
             ("DYN_HTTP_BODY_LIMIT_MB", limits.body_limit_bytes, 1),
@@ -183,7 +189,7 @@ def parser() -> OptionParser:
         default="round-robin",
         choices=ROUTER_MODES,
         metavar="MODE",
-        help="how a worker is chosen: " + ", ".join(m for m in ROUTER_MODES if m not in ABSENT_ROUTER_MODES),
+        help="how a worker is chosen: " + ", ".join(ROUTER_MODES),
     )
     p.option(
         routing,
@@ -203,6 +209,7 @@ def parser() -> OptionParser:
         type=_count,
         help="times a request may move to another worker; only 0 in this version",
     )
+    add_router_options(p)
     other = p.add_argument_group("other")
     p.option(
         other, "-i", "--interactive", env="DYN_INTERACTIVE", default=False, type=bool, help="see dynamo run in=text"
@@ -230,9 +237,11 @@ def parse(argv: Sequence[str] | None = None) -> FrontendConfig:
     given = vars(p.parse(argv))
     if given.pop("interactive"):
         p.error("--interactive: the terminal chat is `dynamo run MODEL in=text`")
-    if absent := ABSENT_ROUTER_MODES.get(given["router_mode"]):
-        works = ", ".join(m for m in ROUTER_MODES if m not in ABSENT_ROUTER_MODES)
-        p.error(f"--router-mode {given['router_mode']}: {absent}; use one of {works}")
+    try:
+        given["router"] = router = router_config(given, RouterMode(given["router_mode"]))
+    except ValueError as e:
+        p.error(str(e))
+    given["router_mode"] = router.mode.value
     if given["migration_limit"]:
         p.error("--migration-limit: moving a started request to another worker is not in this version; use 0")
     if given["http_workers"] < 1:

@@ -14,7 +14,10 @@ import msgspec
 
 from dynamo.frontend.answer import Answer
 from dynamo.llm.output import ChoiceDecoder
-from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
+from dynamo.router.model_router import ModelRouter, Ticket
+from dynamo.router.route_request import check_override
+from dynamo.router.types import Decision, RouteRequest, WorkerKey
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, Unknown
@@ -30,6 +33,9 @@ _decode_any = msgspec.msgpack.Decoder().decode
 
 class Workers(Protocol):
     """Where a prompt can go: the workers of one model (`dynamo.frontend.worker_set.WorkerSet`)."""
+
+    router: ModelRouter | None
+    """Who says where, in its own time; None: `choose` does, at once."""
 
     def choose(self, request: PreprocessedRequest) -> int:
         """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
@@ -50,15 +56,37 @@ class _Choice:
         self.last_at = 0.0
 
 
+class OutputBlocks:
+    """Tells a router of each block that an answer fills [K30]."""
+
+    __slots__ = ("_block_size", "_ticket", "_tokens")
+
+    def __init__(self, ticket: Ticket, block_size: int) -> None:
+        self._ticket = ticket
+        self._block_size = block_size
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """So many more tokens."""
+        full = self._tokens // self._block_size
+        self._tokens += tokens
+        for _ in range(full, self._tokens // self._block_size):
+            self._ticket.output_block()
+
+
 class EngineStream:
     """One prompt of an answer. Ends once: with all choices finished, or with an error for the whole answer."""
 
     __slots__ = (
         "_answer",
         "_attempts",
+        "_blocks",
         "_choices",
+        "_dispatch_at",
+        "_pins",
         "_request",
         "_unfinished",
+        "_wanted",
         "_workers",
         "context",
         "dispatched_at",
@@ -67,6 +95,8 @@ class EngineStream:
         "flush",
         "instance_id",
         "prompt_tokens",
+        "queue_depth",
+        "ticket",
     )
 
     def __init__(
@@ -88,28 +118,75 @@ class EngineStream:
         self.instance_id: int | None = None
         self.dp_rank = request.routing.dp_rank if request.routing is not None else None
         self.prompt_tokens = len(request.token_ids)
-        self.dispatched_at = 0.0
+        self.ticket: Ticket | None = None
+        """Its place at a worker or in the queue, where a router keeps account."""
+        self.queue_depth = 0
+        """Requests that waited for a worker when this one came."""
+        self._wanted: RouteRequest | None = None
+        self._pins: frozenset[WorkerKey] | None = None
+        self._blocks: OutputBlocks | None = None
+        self._dispatch_at = self.dispatched_at = 0.0
         self.ended = False
         self.flush: Callable[[], None] = answer.flush  # no call of our own between the socket and the answer
 
     # --- to the worker
 
     def dispatch(self) -> None:
-        """Choose a worker and send the prompt. Raises what says that it cannot be sent."""
+        """Choose a worker and send the prompt, now or when one has room. Raises what says that it cannot be sent."""
         self._attempts += 1
-        metrics = self._answer.metrics
-        start = perf_counter()
-        self.instance_id = self._workers.choose(self._request)
+        self._dispatch_at = perf_counter()
+        router = self._workers.router
+        if router is None:
+            self._send(self._workers.choose(self._request))
+        else:
+            self._route(router)
+
+    def _route(self, router: ModelRouter) -> None:
+        """Let the router choose; a refusal fails the whole answer."""
+        wanted = self._wanted
+        if wanted is None:
+            wanted = self._wanted = router.request(self.context.id(), self._request, self.context.metadata)
+            self._pins = wanted.allowed
+            check_override(wanted.override, router.config.router_policy)
+        else:  # another attempt: where the first one was bound to go does not hold any more
+            wanted.allowed = self._pins
+        self.queue_depth = router.queue.pending
+        self.ticket = None
+        ticket = router.route(wanted, self._decided, self._answer.fail, explain=self._answer.plan.explains_routing)
+        self.ticket = ticket
+        if ticket.decision is not None:
+            self._go(router, ticket, ticket.decision)
+
+    def _decided(self, decision: Decision) -> None:
+        """The router's answer, if it did not come at once."""
+        router = self._workers.router
+        if self.ticket is not None and router is not None:
+            self._go(router, self.ticket, decision)
+
+    def _go(self, router: ModelRouter, ticket: Ticket, decision: Decision) -> None:
+        worker_id, self.dp_rank = decision.worker
+        if router.config.router_track_output_blocks:
+            self._blocks = OutputBlocks(ticket, router.block_size)
+        if self.dp_rank or len(router.ranks_of(worker_id)) > 1:
+            routing = self._request.routing = self._request.routing or Routing()
+            routing.dp_rank = self.dp_rank
+        self._send(worker_id)
+
+    def _send(self, instance_id: int) -> None:
+        self.instance_id = instance_id
+        answer = self._answer
         self.dispatched_at = now = perf_counter()
-        metrics.route_seconds.observe(now - start)
-        self._answer.dispatched_at = self._answer.active_at = now
-        self._workers.start_request(self.instance_id, self._request, self, self.context)
+        answer.metrics.route_seconds.observe(now - self._dispatch_at)
+        answer.dispatched_at = answer.active_at = now
+        self._workers.start_request(instance_id, self._request, self, self.context)
 
     def cancel(self) -> None:
         """Nobody wants the rest: the worker frees what it holds within a step."""
         if not self.ended:
             self.ended = True
             self.context.kill()
+            if self.ticket is not None:
+                self.ticket.cancel()
 
     # --- from the worker
 
@@ -136,7 +213,11 @@ class EngineStream:
         answer.active_at = now
         if delta.token_count:
             answer.meter.tokens(now, choice.last_at, delta.token_count)
+            if not choice.last_at and self.ticket is not None:
+                self.ticket.first_token()
             choice.last_at = now
+            if self._blocks is not None:
+                self._blocks.add(delta.token_count)
         if delta.finish_reason is None:
             answer.add(choice.number, delta, output)
         elif delta.finish_reason in ("error", "cancelled"):
@@ -170,6 +251,8 @@ class EngineStream:
             if each.decoder.stopped_early:
                 self.context.stop_generating()
                 break
+        if self.ticket is not None:
+            self.ticket.free(self.completion_tokens, self.cached_tokens)
         self._note_worker()
         self._answer.stream_ended()
 
@@ -194,12 +277,27 @@ class EngineStream:
     def _dispatch_again(self) -> None:
         if self.ended or self._answer.closed:
             return
+        if self.ticket is not None:
+            self.ticket.free()
         try:
             self.dispatch()
         except DynamoException as e:
             self._answer.fail(e)
 
     # --- facts
+
+    def explain_routing(self) -> dict[str, Any]:
+        """Why the prompt went where it did."""
+        decision = self.ticket.decision if self.ticket is not None else None
+        if decision is None:
+            reason = "the router mode of this server looks at no cache; --router-mode kv does"
+            return {"policy": None, "reason": reason, "worker": {"worker_id": self.instance_id}}
+        return {
+            **(decision.explanation or {}),
+            "queued_ms": decision.queued_ms,
+            "hit_rate": decision.hit_rate,
+            "attempts": self._attempts,
+        }
 
     @property
     def completion_tokens(self) -> int:

@@ -3,6 +3,7 @@
 The registry follows the model cards in discovery: models come and go with their workers, with no restart.
 """
 
+import asyncio
 import logging
 import random
 import time
@@ -14,10 +15,10 @@ from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.metrics import MODEL_FACTS, FrontendMetrics
 from dynamo.frontend.worker_set import SetKey, WorkerSet, set_key
 from dynamo.llm.model_card import CARD_PREFIX, CardKey, ModelDeploymentCard, ModelInput, ModelType
+from dynamo.router.config import RouterConfig
 from dynamo.runtime.discovery import Delete
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import InvalidArgument, WorkerUnavailable
-from dynamo.runtime.selection import RouterMode
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Model:
         if not ready:
             if not any(kind in s.card.types for s in self.sets.values()):
                 raise model_not_found(self.name)
-            raise WorkerUnavailable(f"model {self.name!r} has no worker that is ready")
+            trouble = next((s.trouble for s in self.sets.values() if s.trouble), "")
+            raise WorkerUnavailable(f"model {self.name!r} has no worker that is ready{trouble and ': '}{trouble}")
         if len(ready) == 1:
             return ready[0]
         return random.choices(ready, [s.worker_count for s in ready])[0]
@@ -124,19 +126,20 @@ class ModelRegistry:
         runtime: DistributedRuntime,
         metrics: FrontendMetrics,
         namespaces: NamespaceFilter,
-        mode: RouterMode,
+        routing: RouterConfig,
         min_workers: int = 0,
     ) -> None:
         self._runtime = runtime
         self._metrics = metrics
         self._namespaces = namespaces
-        self._mode = mode
+        self._routing = routing
         self._min_workers = min_workers
         self._models: dict[str, Model] = {}
         self._sets: dict[SetKey, WorkerSet] = {}
         self._by_key: dict[CardKey, SetKey] = {}
         self._listeners: list[Callable[[], None]] = []
         self._any_takes_text = False
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` whenever models or their readiness may have changed."""
@@ -176,6 +179,12 @@ class ModelRegistry:
         for worker_set in self._sets.values():
             worker_set.close()
 
+    async def closed(self) -> None:
+        """Wait until all that `close` began is done."""
+        for worker_set in self._sets.values():
+            await worker_set.closed()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
+
     def _put(self, key: CardKey, card: ModelDeploymentCard) -> None:
         if card.model_input is ModelInput.Tensor:
             log.warning("model card %s: %r takes tensors, which this version does not send", key, card.display_name)
@@ -193,7 +202,7 @@ class ModelRegistry:
         self._changed()
 
     def _add_set(self, key: SetKey, card: ModelDeploymentCard) -> WorkerSet:
-        worker_set = WorkerSet(self._runtime, key, card, self._mode, self._min_workers, self._changed)
+        worker_set = WorkerSet(self._runtime, key, card, self._routing, self._min_workers, self._changed)
         self._sets[key] = worker_set
         log.info("model %r at %s", card.display_name, key.path)
         worker_set.start()
@@ -210,6 +219,9 @@ class ModelRegistry:
         if not worker_set.workers:
             worker_set.count_cache(self._metrics)
             worker_set.close()
+            leaving = asyncio.get_running_loop().create_task(worker_set.closed(), name=f"close {of.model}")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
             del self._sets[of]
             log.info("model %r at %s has no worker left", of.model, of.path)
             for instance_id, card in worker_set.refused.items():  # the one that was in their way is gone

@@ -197,6 +197,7 @@ class OpenAIRoutes:
             extra_fields=extra,
             annotations=_annotations(wanted, prepared, context) if wanted else (),
             headers=(("x-request-id", context.id()),),
+            explains_routing="routing" in extra,
         )
 
     def _extra_fields(self, wanted: Sequence[str] | None, choices: int) -> frozenset[str]:
@@ -226,7 +227,8 @@ class OpenAIRoutes:
                 answer.on_gone()
             else:
                 for stream in answer.streams:
-                    stream.dispatch()
+                    if not answer.closed:
+                        stream.dispatch()
                 self._peek(answer)
             return await answer.done
         finally:

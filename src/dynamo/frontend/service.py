@@ -5,6 +5,8 @@ import logging
 import resource
 import ssl
 
+import msgspec
+
 from dynamo.frontend.app import App, paths
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.metrics import FrontendMetrics
@@ -39,11 +41,12 @@ class FrontendService:
         path_of = paths()
         defaults = load_template(config.request_template) if config.request_template else None
         self.metrics = FrontendMetrics(runtime.metrics, config.metrics_prefix)
+        routing = msgspec.structs.replace(config.router, mode=RouterMode(config.router_mode))
         self.models = ModelRegistry(
             runtime,
             self.metrics,
             NamespaceFilter(config.namespace, config.namespace_prefix),
-            RouterMode(config.router_mode),
+            routing,
             config.router_min_initial_workers,
         )
         keep_alive_s = limits.sse_keep_alive_ms / 1e3
@@ -115,6 +118,7 @@ class FrontendService:
         self._watchdog.close()
         self._monitor.close()
         self.models.close()
+        await self.models.closed()
         if self._following is not None:
             self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)

@@ -95,6 +95,8 @@ class StreamAnswer(Answer):
             fields["worker_id"] = self.worker_fields()
         if "timing" in wanted and last:
             fields["timing"] = self.timing()
+        if "routing" in wanted and last:
+            fields["routing"] = self.routing()
         if "stop_reason" in wanted and last:
             fields["stop_reason"] = delta.stop_reason
         if "completion_token_ids" in wanted:

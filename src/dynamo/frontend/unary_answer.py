@@ -95,6 +95,8 @@ class UnaryAnswer(Answer):
             fields["worker_id"] = self.worker_fields()
         if "timing" in wanted:
             fields["timing"] = self.timing()
+        if "routing" in wanted:
+            fields["routing"] = self.routing()
         first = self._choices[0]
         if "stop_reason" in wanted:
             reasons = [choice.stop_reason for choice in self._choices]

@@ -17,6 +17,8 @@ from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import Preprocessor
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.protocols.passthrough import OPENAI_BYTES
+from dynamo.router.config import RouterConfig
+from dynamo.router.model_router import ModelRouter
 from dynamo.runtime.client import Client
 from dynamo.runtime.connection import Call
 from dynamo.runtime.context import Context
@@ -29,6 +31,8 @@ from dynamo.runtime.streams import StreamSink
 log = logging.getLogger(__name__)
 
 FIRST_RETRY_S = 0.5
+SETTLE_S = 2.0  # a router that begins waits so long to hear what is cached; later it learns as it goes
+TEXT_BLOCK_TOKENS = 16  # where prompts are text and the worker does not say: any size will do
 LAST_RETRY_S = 30.0  # a worker that cannot give its files now may be about to be replaced
 
 
@@ -59,6 +63,7 @@ class WorkerSet:
     """One endpoint's workers of one model. Owned by the model registry.
 
     `on_change` is called when the set's readiness may differ. Before it has had `min_workers` at once it is not ready.
+    In the mode `kv` its requests go by its `router`; in the others by `choose`.
     """
 
     def __init__(
@@ -66,7 +71,7 @@ class WorkerSet:
         runtime: DistributedRuntime,
         key: SetKey,
         card: ModelDeploymentCard,
-        mode: RouterMode,
+        routing: RouterConfig,
         min_workers: int,
         on_change: Callable[[], None],
     ) -> None:
@@ -76,13 +81,19 @@ class WorkerSet:
         self.workers: dict[int, ModelDeploymentCard] = {}
         self.refused: dict[int, ModelDeploymentCard] = {}
         self.preprocessor: Preprocessor | None = None
+        self.router: ModelRouter | None = None
+        """Where each prompt goes, in the mode `kv`; None in the others."""
+        self.trouble = ""
+        """Why the set cannot be used, if it was tried and failed."""
         self._runtime = runtime
-        self._mode = mode
+        self._routing = routing
+        self._mode = routing.mode
         self._min_workers = min_workers
         self._on_change = on_change
         self._client: Client | None = None
         self._chooser = Chooser()
         self._starting: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._had_enough = False
         self._whole_endpoint = False  # whether every instance of the endpoint is ours to choose from
         self._cache_counted: tuple[int, ...] = (0, 0, 0, 0)
@@ -122,27 +133,64 @@ class WorkerSet:
         self._starting = asyncio.get_running_loop().create_task(self._start(), name=f"model {self.key.model}")
 
     def close(self) -> None:
-        """Stop trying."""
+        """Stop trying, and routing."""
         if self._starting is not None:
             self._starting.cancel()
+        if self.router is not None:
+            self._closing = asyncio.get_running_loop().create_task(self.router.close(), name=f"close {self.key.model}")
+
+    async def closed(self) -> None:
+        """Wait until all that `close` began is done."""
+        tasks = [task for task in (self._starting, self._closing) if task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _start(self) -> None:
         delay_s = FIRST_RETRY_S
         while True:
             try:
                 client = await self._runtime.endpoint(self.key.path).client(self._mode)
+                if self._mode is RouterMode.KV and self.router is None:
+                    self.router = await self._start_router()
                 if not self.takes_text:
                     directory: Path = await fetch_files(self._runtime, self.card)
                     self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory)
                 break
             except (DynamoException, OSError, ValueError) as e:
-                level = logging.WARNING if delay_s == FIRST_RETRY_S else logging.DEBUG
+                level = logging.ERROR if isinstance(e, InvalidArgument) else logging.WARNING
+                if self.trouble:
+                    level = logging.DEBUG
+                self.trouble = str(e)
                 log.log(level, "model %r of %s is not usable yet, trying on: %s", self.key.model, self.key.path, e)
                 await asyncio.sleep(delay_s)
                 delay_s = min(2 * delay_s, LAST_RETRY_S)
+        self.trouble = ""
         self._client = client
         client.on_change(self._on_change)
         self._on_change()
+
+    async def _start_router(self) -> ModelRouter:
+        """The router, once it has heard what is cached, or has waited long enough for it.
+
+        Raises InvalidArgument if there can be none; else as `ModelRouter.start`.
+        """
+        size = self.card.kv_cache_block_size or (TEXT_BLOCK_TOKENS if self.takes_text else None)
+        endpoint = self._runtime.endpoint(self.key.path)
+        router = ModelRouter(self._runtime, endpoint, self.card, self._routing, block_size=size)
+        await router.start()
+        try:
+            if router.feed is not None:
+                await router.feed.settled(SETTLE_S)
+        except BaseException:
+            await router.close()
+            raise
+        log.info(
+            "KV routing of %r: policy %s, blocks of %d tokens, caches known by %s",
+            self.key.model,
+            router.scheduler.policy.name,
+            router.block_size,
+            "what is sent" if router.index is None else "KV events",
+        )
+        return router
 
     @property
     def names(self) -> set[str]:
@@ -201,16 +249,21 @@ class WorkerSet:
     # --- sending
 
     def choose(self, request: PreprocessedRequest) -> int:
-        """The instance for this request: the one it is pinned to, else one by the router mode.
+        """The instance for this request: the one it is pinned to, else one by the router mode, which is not `kv`.
 
         Raises:
             WorkerUnavailable: nobody is there, or not the one that was asked for.
-            InvalidArgument: direct mode, and the request names no instance.
+            InvalidArgument: direct mode, and the request names no instance; or what only `kv` can do is asked for.
         """
         client = self._client
         assert client is not None
         routing = request.routing
         if routing is not None:
+            if request.router_config_override or routing.required_taints or routing.preferred_taints:
+                name = "router_config_override" if request.router_config_override else "routing_constraints"
+                raise InvalidArgument(
+                    f"nvext.{name} needs --router-mode kv; this server routes by {self._mode.value}", f"nvext.{name}"
+                )
             pin = routing.backend_instance_id if routing.backend_instance_id is not None else routing.decode_worker_id
             if pin is not None:
                 return self._pinned(client, pin)

@@ -214,6 +214,7 @@ class Preprocessor:
             mdc_sum=self._checksum,
             annotations=request.annotations,
             routing=routing,
+            router_config_override=None if request.nvext is None else request.nvext.router_config_override,
         )
         skip = request.skip_special_tokens is not False
         plan = OutputPlan(
@@ -312,6 +313,9 @@ class Preprocessor:
             if ext.agent_hints is not None:
                 routing.expected_output_tokens = ext.agent_hints.osl
                 routing.strict_priority = ext.agent_hints.strict_priority
+            if ext.routing_constraints is not None:
+                routing.required_taints = ext.routing_constraints.required_taints
+                routing.preferred_taints = ext.routing_constraints.preferred_taints
         return routing
 
 

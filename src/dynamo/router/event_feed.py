@@ -28,6 +28,7 @@ from dynamo.runtime.discovery import Delete, Discovery
 from dynamo.runtime.errors import DynamoException
 from dynamo.runtime.events import Event, EventSubscriber, Listeners, ScopeLike, create_subscriber, scope_of
 from dynamo.runtime.instances import Target
+from dynamo.runtime.instruments import LabelPairs
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
 
@@ -80,16 +81,24 @@ class _Publisher:
 class KvEventFeed:
     """Keeps `index` true to what the workers in `where` (an endpoint, or a component) publish.
 
-    `kv_block_size` is the router's; workers that say another are refused, loudly.
+    `kv_block_size` is the router's; workers that say another are refused, loudly. `labels` are those of
+    all its metrics, which tell it from the feeds of other models.
     """
 
-    def __init__(self, runtime: HasPlanes, where: ScopeLike, index: TierIndex, kv_block_size: int) -> None:
+    def __init__(
+        self,
+        runtime: HasPlanes,
+        where: ScopeLike,
+        index: TierIndex,
+        kv_block_size: int,
+        labels: LabelPairs | None = None,
+    ) -> None:
         self.index = index
         self.kv_block_size = kv_block_size
         self._runtime = runtime
         self._scope = scope_of(where)
         self._publishers: dict[int, _Publisher] = {}
-        self._metrics = FeedMetrics(runtime.metrics, index, self._states)
+        self._metrics = FeedMetrics(runtime.metrics, index, self._states, labels)
         self._owners: dict[WorkerKey, int] = {}
         self._asking: dict[EventStream, asyncio.Task[None]] = {}
         self._limit = asyncio.Semaphore(ASKED_AT_ONCE)

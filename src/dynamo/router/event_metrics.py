@@ -6,7 +6,7 @@ from functools import partial
 from dynamo import prometheus_names as names
 from dynamo.llm.kv_events import KvEventData
 from dynamo.router.tier_index import Outcome, TierIndex
-from dynamo.runtime.instruments import Counter
+from dynamo.runtime.instruments import Counter, LabelPairs
 from dynamo.runtime.metrics import Metrics
 
 _WARNINGS = {Outcome.DUPLICATE: "duplicate_store", Outcome.UNKNOWN_BLOCK: "unknown_remove"}
@@ -17,28 +17,35 @@ def _count(states: Callable[[], dict[str, int]], state: str) -> int:
 
 
 class FeedMetrics:
-    """The series of one feed (facts rows O29 and O32)."""
+    """The series of one feed (facts rows O29 and O32). `base` tells it from others of this process."""
 
-    def __init__(self, metrics: Metrics, index: TierIndex, states: Callable[[], dict[str, int]]) -> None:
+    def __init__(
+        self, metrics: Metrics, index: TierIndex, states: Callable[[], dict[str, int]], base: LabelPairs | None = None
+    ) -> None:
+        base = metrics.worker_label if base is None else base
         self._applied = metrics.counter(
             names.kvrouter.KV_CACHE_EVENTS_APPLIED,
             "KV events that came to the index, by what became of them",
             ["event_type", "status"],
+            base=base,
         )
         self._warnings = metrics.counter(
-            names.kvrouter.KV_CACHE_EVENT_WARNINGS, "KV events that are suspicious", ["warning_kind"]
+            names.kvrouter.KV_CACHE_EVENT_WARNINGS, "KV events that are suspicious", ["warning_kind"], base=base
         )
         self._lifecycle = metrics.counter(
-            names.kv_ingress.LIFECYCLE_TOTAL, "What happened to sources of KV events", ["action"]
+            names.kv_ingress.LIFECYCLE_TOTAL, "What happened to sources of KV events", ["action"], base=base
         )
         self._sources = metrics.gauge(
-            names.kv_ingress.SOURCES, "Sources of KV events, by how much is known of them", ["state"]
+            names.kv_ingress.SOURCES, "Sources of KV events, by how much is known of them", ["state"], base=base
         )
-        self.batches = metrics.counter(names.kv_ingress.BATCHES_TOTAL, "Messages with KV events").labels()
+        self.batches = metrics.counter(names.kv_ingress.BATCHES_TOTAL, "Messages with KV events", base=base).labels()
         self._known: dict[tuple[str, Outcome], Counter] = {}
-        blocks = metrics.gauge(names.kv_ingress.INDEX_BLOCKS, "Different KV blocks that the index knows").labels()
-        blocks.set_function(lambda: len(index))
-        for state in states():
+        self._blocks = metrics.gauge(
+            names.kv_ingress.INDEX_BLOCKS, "Different KV blocks that the index knows", base=base
+        )
+        self._blocks.labels().set_function(lambda: len(index))
+        self._base, self._states = base, tuple(states())
+        for state in self._states:
             self._sources.labels(state).set_function(partial(_count, states, state))
 
     def applied(self, change: KvEventData, outcome: Outcome) -> None:
@@ -61,5 +68,7 @@ class FeedMetrics:
         self._lifecycle.labels(action).value += 1
 
     def close(self) -> None:
-        """The feed is over: show no sources."""
-        self._sources.clear()
+        """The feed is over: show nothing of now."""
+        self._blocks.drop(self._base)
+        for state in self._states:
+            self._sources.drop((*self._base, ("state", state)))

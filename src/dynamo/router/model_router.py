@@ -24,6 +24,7 @@ from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue, Wai
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.replica_sync import ReplicaSync
 from dynamo.router.route_request import route_request
+from dynamo.router.router_metrics import RouterMetrics, base_labels
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
@@ -122,6 +123,8 @@ class ModelRouter:
         prefill = card is not None and card.worker_type is WorkerType.Prefill
         selection = asked.router_prefill_policy if prefill else asked.router_decode_policy
         self.config = configure(asked, profile, selection)
+        if unread := self.config.unread_settings():
+            log.error("the policy %s of %s does not have: %s", self.config.router_policy, self.name, ", ".join(unread))
         expiry_s = env_number("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", self.config.active_request_expiry_secs)
         if expiry_s != self.config.active_request_expiry_secs:
             self.config = self.config.with_overrides(active_request_expiry_secs=expiry_s)
@@ -144,6 +147,7 @@ class ModelRouter:
             self.affinity = SessionAffinity(config.session_affinity_ttl_secs, config.session_affinity_mode)
         self.silent: dict[WorkerKey, str] = {}
         """Workers whose cache cannot be known, and why."""
+        self._metrics: RouterMetrics | None = None
         self.feed: KvEventFeed | None = None
         self.sync: ReplicaSync | None = None
         self._fleet: FleetFeed | None = None
@@ -181,9 +185,12 @@ class ModelRouter:
     async def start(self) -> None:
         """Meet the workers of now, and follow the others. Raises DiscoveryError, or what the event plane raises."""
         runtime, endpoint = self._runtime, self._endpoint
+        labels = base_labels(runtime.metrics, endpoint.address.namespace, endpoint.address.component, self.name)
+        worker_type = self._card.worker_type if self._card is not None else WorkerType.Aggregated
+        self._metrics = RouterMetrics(runtime.metrics, self, labels, worker_type)
         try:
             if self.index is not None:
-                self.feed = KvEventFeed(runtime, endpoint, self.index, self.block_size)
+                self.feed = KvEventFeed(runtime, endpoint, self.index, self.block_size, labels)
                 await self.feed.start()
             self._load_feed = LoadFeed(runtime, endpoint, self.reports, self._pump)
             await self._load_feed.start()
@@ -216,6 +223,8 @@ class ModelRouter:
             if part is not None:
                 await part.close()
         self._fleet = self.sync = self._load_feed = self.feed = None
+        if self._metrics is not None:
+            self._metrics.close()
 
     async def _tick(self) -> None:
         while True:
@@ -466,6 +475,11 @@ class ModelRouter:
         self._arm()
 
     # --- what is known of it
+
+    @property
+    def endpoint_name(self) -> str:
+        """The last part of the workers' endpoint."""
+        return self._endpoint.address.endpoint
 
     @property
     def thresholds(self) -> LoadThresholdConfig:

@@ -9,12 +9,14 @@ from typing import Any
 
 from dynamo.llm.block_hash import BlockMmInfo, compute_block_hash_for_seq, sequence_hashes
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
+from dynamo.router.config import LINEAR_WEIGHTS
 from dynamo.router.stats import RouterStats
 from dynamo.router.types import RouteRequest, RouterOverride, WorkerKey
 from dynamo.runtime.errors import InvalidArgument
 
 POLICY_CLASS = "policy-class"  # the request's metadata word for its policy class (header x-dynamo-meta-policy-class)
 _EMPTY = Routing()
+_NO_TAINTS: frozenset[str] = frozenset()
 
 
 def hash_prompt(
@@ -78,8 +80,22 @@ def route_request(
         session_id=_session(request.agent_context),
         session_final=_is_final(request.agent_context),
         allowed=pinned(routing, workers),
+        required_taints=frozenset(routing.required_taints) if routing.required_taints else _NO_TAINTS,
+        preferred_taints=routing.preferred_taints or {},
         override=RouterOverride.parse(request.router_config_override) if request.router_config_override else None,
     )
+
+
+def check_override(override: RouterOverride | None, policy: str) -> None:
+    """Raises InvalidArgument for a weight that the policy of that name does not have: it would change nothing."""
+    if override is None or policy == "linear":
+        return
+    for name in LINEAR_WEIGHTS:
+        if getattr(override, name, None) is not None:
+            raise InvalidArgument(
+                f"router_config_override.{name}: this router's policy, {policy}, has no such weight; linear has",
+                "router_config_override",
+            )
 
 
 def _priority(routing: Routing) -> float:

@@ -51,6 +51,7 @@ def warnings(router: "ModelRouter") -> list[str]:
         f"worker {worker.worker_id}, rank {worker.dp_rank}: {count} load reports had numbers that cannot be"
         for worker, count in router.reports.corrected.items()
     ]
+    found += [f"the policy {router.config.router_policy} has no {name}" for name in router.config.unread_settings()]
     unsized = [
         worker
         for worker, limits in zip(router.scheduler.load.workers, router.scheduler.load.limits, strict=True)

@@ -131,6 +131,10 @@ class Family(Generic[Instrument]):
             found = self._series[pairs] = self.make()
         return found
 
+    def adopt(self, pairs: LabelPairs, instrument: Instrument) -> None:
+        """Show an instrument that its owner counts on, under these labels, until they are dropped."""
+        self._series[pairs] = instrument
+
     def share(self, other: "Family[Instrument]") -> None:
         """Keep series where `other` keeps them: two views of one name, with different base labels."""
         self._series = other._series

@@ -45,6 +45,7 @@ class Metrics:
         self.worker_label: LabelPairs = ((names.labels.WORKER_ID, f"{instance_id:x}"),)
         self._families: dict[str, Family[Any]] = {}
         self._texts: list[tuple[TextSource, LabelPairs]] = []
+        self._on_scrape: list[Callable[[], None]] = []
         started = time.monotonic()
         uptime = self.gauge(names.distributed_runtime.UPTIME_SECONDS, "Seconds since the runtime started")
         uptime.labels().set_function(lambda: time.monotonic() - started)
@@ -165,8 +166,25 @@ class Metrics:
         registry.register(_Families(self))
         return registry
 
+    def drop(self, name: str, pairs: LabelPairs, *, prefix: str = names.name_prefix.COMPONENT) -> None:
+        """Forget one series: its subject is gone."""
+        family = self._families.get(f"{prefix}_{name}" if prefix else name)
+        if family is not None:
+            family.drop(pairs)
+
+    def on_scrape(self, callback: Callable[[], None]) -> None:
+        """Call this before each scrape: what is cheap to keep as a plain number is brought into series only then."""
+        self._on_scrape.append(callback)
+
+    def off_scrape(self, callback: Callable[[], None]) -> None:
+        """Call it no more."""
+        if callback in self._on_scrape:
+            self._on_scrape.remove(callback)
+
     def collect(self) -> Iterator["Metric"]:
         """Every family that has a series."""
+        for callback in tuple(self._on_scrape):
+            callback()
         for family in sorted(self._families.values(), key=lambda f: f.name):
             if family.has_series:
                 yield family.collect()

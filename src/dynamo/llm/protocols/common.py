@@ -29,7 +29,15 @@ MAX_TOP_LOGPROBS = 20  # OpenAI's bound of top_logprobs, and vLLM's default
 
 MAX_I32 = 2**31 - 1
 
-EXTRA_FIELDS = ("worker_id", "timing", "engine_data", "stop_reason", "completion_token_ids", "prompt_logprobs")
+EXTRA_FIELDS = (
+    "worker_id",
+    "timing",
+    "engine_data",
+    "stop_reason",
+    "completion_token_ids",
+    "prompt_logprobs",
+    "routing",
+)
 
 # Known fields that cannot be honoured: the reason, and the values that ask for nothing.
 REFUSED: dict[str, tuple[str, tuple[object, ...]]] = {
@@ -61,6 +69,13 @@ class AgentHints(msgspec.Struct, forbid_unknown_fields=True):
     speculative_prefill: bool | None = None
 
 
+class TaintConstraints(msgspec.Struct, forbid_unknown_fields=True):
+    """Which workers may, and should, take the request [K47]: `preferred_taints` has weights, below zero to avoid."""
+
+    required_taints: list[str] | None = None
+    preferred_taints: dict[str, float] | None = None
+
+
 class NvExt(msgspec.Struct, forbid_unknown_fields=True):
     """NVIDIA's extensions [N1-N12]. What root fields say too, root fields say first, but for `cache_salt`."""
 
@@ -80,6 +95,8 @@ class NvExt(msgspec.Struct, forbid_unknown_fields=True):
     cache_salt: str | None = None
     extra_fields: list[str] | None = None
     agent_hints: AgentHints | None = None
+    routing_constraints: TaintConstraints | None = None
+    router_config_override: dict[str, Any] | None = None
     guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -103,6 +120,9 @@ class NvExt(msgspec.Struct, forbid_unknown_fields=True):
         for name in self.extra_fields or ():
             if name not in EXTRA_FIELDS:
                 fail(f"nvext.extra_fields: {name!r} is not one of {', '.join(EXTRA_FIELDS)}", "nvext.extra_fields")
+        if (constraints := self.routing_constraints) is not None:
+            for taint, weight in (constraints.preferred_taints or {}).items():
+                check_range(weight, f"nvext.routing_constraints.preferred_taints[{taint!r}]", -100, 100)
         if hints := self.agent_hints:
             check_whole(hints.priority, "nvext.agent_hints.priority", -MAX_I32 - 1, MAX_I32)
             check_whole(hints.strict_priority, "nvext.agent_hints.strict_priority", 0)

@@ -80,6 +80,8 @@ class Routing(msgspec.Struct, omit_defaults=True):
     strict_priority: int | None = None
     priority: int | None = None
     lora_name: str | None = None
+    required_taints: list[str] | None = None
+    preferred_taints: dict[str, float] | None = None
 
 
 class PreprocessedRequest(msgspec.Struct, omit_defaults=True):
