@@ -2,16 +2,19 @@
 
 Mooncake's conversation and synthetic traces, 4 and 8 simulated engines (16,384 blocks of 64 tokens, the default timing
 curves), three loads each, given as how many times faster than recorded requests come: from light to near the knee of
-the linear cost. Then past the knee, where round robin's queue grows without bound. Every number is over all requests
-of a trace. The peer's cost is `linear`; ratios are to it, in the same simulator, trace, load and cache.
+the linear cost. Then past the knee of round robin, whose queue grows there for as long as the trace lasts, and past
+everybody's. Every number is over all requests of a trace. The peer's cost is `linear`; ratios are to it, in the same
+simulator, trace, load and cache. Equal seeds give equal results, on any machine.
 
-Results go to benchmarks/data/replay_policies.json as they come; with --keep those that are there are not measured
-again, so that an interrupted run goes on. --plots DIR draws the pictures of docs/explanation/routing.md.
+Results go to benchmarks/data/replay_policies.json as they come. --keep measures only what is missing there, so an
+interrupted run goes on; --plots DIR draws the pictures of docs/explanation/routing.md. All of it takes 25 minutes of
+one core.
 """
 
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -26,11 +29,14 @@ TRACES = ROOT.parent / "shared" / "traces" / "mooncake"
 RESULTS = ROOT / "benchmarks" / "data" / "replay_policies.json"
 LOADS = {4: (1.0, 2.0, 3.0), 8: (2.0, 4.0, 6.0)}
 CELLS = [(trace, n, load) for trace in ("conversation", "synthetic") for n, loads in LOADS.items() for load in loads]
-PAST_KNEE = [("conversation", 4, 3.4), ("synthetic", 4, 3.5)]
+PAST_KNEE = [("conversation", 4, 3.4), ("synthetic", 4, 3.2)]
+PAST_ALL = [("synthetic", 4, 3.5)]
+DRAWN = (8, 4.0)  # workers and load of which the whole distribution is drawn
 PEER = "linear"
-POLICIES = (PEER, "round-robin", "least-loaded", "lmetric", "sticky", "predicted", "marginal")
 QUEUED = f"{DEFAULT_POLICY} + queue"
 QUEUE = KvRouterConfig(router_queue_threshold=1.0, router_queue_policy="wspt")
+POLICIES = ("round-robin", "least-loaded", PEER, "lmetric", "sticky", "predicted", DEFAULT_POLICY)
+PAST_POLICIES = ("round-robin", PEER, "lmetric", "sticky", "predicted", DEFAULT_POLICY, QUEUED)
 KEPT = {
     "ttft": "mean_ttft_ms",
     "p50": "median_ttft_ms",
@@ -39,14 +45,20 @@ KEPT = {
     "e2e": "mean_e2e_latency_ms",
     "reuse": "prefix_cache_reused_ratio",
     "refused": "refused_requests",
-    "speed": "realtime_factor",
 }
+RATIOS = ("ttft", "p99", "tpot")
 Cell = tuple[str, int, float]
+Results = dict[str, dict[str, Any]]
+
+
+def name(cell: Cell) -> str:
+    """What a trace on so many workers at such a load is called."""
+    return f"{cell[0]} {cell[1]} workers x{cell[2]:g}"
 
 
 def key(cell: Cell, policy: str) -> str:
     """A run's name among the results."""
-    return f"{cell[0]} {cell[1]} workers x{cell[2]:g} {policy}"
+    return f"{name(cell)} {policy}"
 
 
 def experiment(cell: Cell, policy: str) -> Experiment:
@@ -63,91 +75,113 @@ def experiment(cell: Cell, policy: str) -> Experiment:
     )
 
 
-def kept(outcome: Outcome) -> dict[str, Any]:
-    """What is told of a run, and its curve for a picture."""
-    numbers = {name: outcome.summary[long] for name, long in KEPT.items()}
-    return numbers | {"ttft_curve": [[round(ms, 2), share] for ms, share in outcome.curves["ttft"][::4]]}
+def kept(cell: Cell, outcome: Outcome) -> dict[str, Any]:
+    """What is told of a run, and its curve where one is drawn."""
+    numbers: dict[str, Any] = {short: round(outcome.summary[long], 4) for short, long in KEPT.items()}
+    if cell[1:] == DRAWN:
+        numbers["ttft_curve"] = [[round(ms, 1), share] for ms, share in outcome.curves["ttft"][::4]]
+    if cell in (*PAST_KNEE, *PAST_ALL):
+        waiting = [sum(sample.waiting) for sample in outcome.samples]
+        fifth = len(waiting) // 5
+        numbers["waiting"] = [round(mean(waiting[i * fifth : (i + 1) * fifth])) for i in range(5)]
+    return numbers
 
 
-def measure(results: dict[str, Any], cells: list[Cell], policies: tuple[str, ...], jobs: int) -> None:
+def save(results: Results) -> None:
+    """A line a run, in the order of their names."""
+    lines = ",\n".join(f"{json.dumps(run)}: {json.dumps(results[run])}" for run in sorted(results))
+    RESULTS.write_text(f"{{\n{lines}\n}}\n")
+
+
+def measure(results: Results, cells: Sequence[Cell], policies: Sequence[str], jobs: int) -> None:
     """Make all runs that are not among the results."""
     for cell in cells:
         missing = [policy for policy in policies if key(cell, policy) not in results]
         for start in range(0, len(missing), jobs):
             batch = missing[start : start + jobs]
             outcomes = run_all([experiment(cell, policy) for policy in batch], jobs=jobs)
-            results |= {key(cell, policy): kept(outcome) for policy, outcome in zip(batch, outcomes, strict=True)}
-            RESULTS.write_text(json.dumps(results, indent=0) + "\n")
+            for policy, outcome in zip(batch, outcomes, strict=True):
+                results[key(cell, policy)] = kept(cell, outcome)
+            save(results)
 
 
-def table(results: dict[str, Any], cells: list[Cell], policies: tuple[str, ...], peer: str) -> None:
-    """A block a policy: its numbers, and their ratios to the peer's."""
+def ratios(results: Results, cell: Cell, policy: str, base: str = PEER) -> list[float]:
+    """Mean TTFT, its p99 and mean TPOT, by those of `base`."""
+    ours, theirs = results[key(cell, policy)], results[key(cell, base)]
+    return [ours[which] / theirs[which] for which in RATIOS]
+
+
+def matrix(results: Results, cells: Sequence[Cell], policies: Sequence[str], which: str, form: str) -> None:
+    """One number: a row a load, a column a policy."""
+    print(f"{'':<30}" + "".join(f"{policy:>18}" for policy in policies))
+    for cell in cells:
+        runs = [results[key(cell, policy)] for policy in policies]
+        print(f"{name(cell):<30}" + "".join(f"{run[which]:>18{form}}" for run in runs))
+
+
+def queues(results: Results, cells: Sequence[Cell]) -> None:
+    """How many requests wait in each fifth of a run: where that only rises, the queue has no bound."""
+    for cell in cells:
+        for policy in ("round-robin", PEER, DEFAULT_POLICY):
+            fifths = "".join(f"{count:>7}" for count in results[key(cell, policy)]["waiting"])
+            print(f"{key(cell, policy):<48}{fifths}")
+
+
+def beside_peer(results: Results, cells: Sequence[Cell]) -> None:
+    """The default and the peer's cost, number by number."""
+    print(f"{'':<30}{'TTFT ms':>14}{'ratio':>7}{'p99 ms':>14}{'ratio':>7}{'TPOT ms':>14}{'ratio':>7}{'reuse':>16}")
+    for cell in cells:
+        ours, theirs = results[key(cell, DEFAULT_POLICY)], results[key(cell, PEER)]
+        ratio = iter(ratios(results, cell, DEFAULT_POLICY))
+        row = f"{name(cell):<30}"
+        for which, form in zip(RATIOS, (".0f", ".0f", ".2f"), strict=True):
+            row += f"{ours[which]:>7{form}}/{theirs[which]:<6{form}}{next(ratio):>7.3f}"
+        print(f"{row}{ours['reuse']:>9.3f}/{theirs['reuse']:<6.3f}")
+
+
+def summaries(results: Results, cells: Sequence[Cell], policies: Sequence[str]) -> None:
+    """A row a policy: ratios to the peer's cost, their mean and the worst."""
+    print(f"{'':<16}{'TTFT':>8}{'worst':>8}{'p99':>10}{'worst':>8}{'TPOT':>10}{'worst':>8}")
     for policy in policies:
-        print(f"\n{policy}")
-        print(
-            f"  {'':<28}{'TTFT ms':>9}{'ratio':>7}{'p99':>8}{'ratio':>7}{'TPOT':>8}{'ratio':>7}{'E2E':>8}{'reuse':>7}"
-        )
-        ratios = []
-        for cell in cells:
-            run, base = results[key(cell, policy)], results[key(cell, peer)]
-            ratio = [run[name] / base[name] for name in ("ttft", "p99", "tpot")]
-            ratios.append(ratio)
-            print(
-                f"  {cell[0]:<13}{cell[1]} workers x{cell[2]:<5g}{run['ttft']:>9.0f}{ratio[0]:>7.3f}{run['p99']:>8.0f}"
-                f"{ratio[1]:>7.3f}{run['tpot']:>8.2f}{ratio[2]:>7.3f}{run['e2e']:>8.0f}{run['reuse']:>7.3f}"
-                + (f"  {run['refused']} refused" if run["refused"] else "")
-            )
-        columns = list(zip(*ratios, strict=True))
-        print(
-            f"  mean of ratios: TTFT {mean(columns[0]):.3f}, p99 {mean(columns[1]):.3f}, TPOT {mean(columns[2]):.3f};",
-            end="",
-        )
-        print(f" worst: TTFT {max(columns[0]):.3f}, p99 {max(columns[1]):.3f}, TPOT {max(columns[2]):.3f}")
+        columns = zip(*(ratios(results, cell, policy) for cell in cells), strict=True)
+        print(f"{policy:<16}" + "  ".join(f"{mean(column):>8.3f}{max(column):>8.3f}" for column in columns))
 
 
-def goals(results: dict[str, Any], cells: list[Cell]) -> bool:
+def goals(results: Results) -> bool:
     """Say how the default does against what is asked of it."""
-    ratios = [
-        [results[key(cell, DEFAULT_POLICY)][name] / results[key(cell, PEER)][name] for name in ("ttft", "p99", "tpot")]
-        for cell in cells
-    ]
-    ttft, p99, tpot = zip(*ratios, strict=True)
-    past = [
-        results[key(cell, "round-robin")]["ttft"] / results[key(cell, DEFAULT_POLICY)]["ttft"] for cell in PAST_KNEE
-    ]
+    ttft, p99, tpot = zip(*(ratios(results, cell, DEFAULT_POLICY) for cell in CELLS), strict=True)
+    past = [1 / ratios(results, cell, DEFAULT_POLICY, "round-robin")[0] for cell in PAST_KNEE]
     checks = (
-        ("mean TTFT / linear, mean of cells", mean(ttft), "<=", 0.80),
-        ("mean TTFT / linear, worst cell", max(ttft), "<=", 1.0),
-        ("p99 TTFT / linear, worst cell", max(p99), "<=", 1.05),
-        ("mean TPOT / linear, worst cell", max(tpot), "<=", 1.05),
-        ("past the knee: round robin / default, mean TTFT, worst", min(past), ">=", 10.0),
+        ("mean TTFT / linear, mean over the loads", mean(ttft), "<=", 0.80),
+        ("mean TTFT / linear, worst load", max(ttft), "<=", 1.0),
+        ("p99 TTFT / linear, worst load", max(p99), "<=", 1.05),
+        ("mean TPOT / linear, worst load", max(tpot), "<=", 1.05),
+        ("past the knee: mean TTFT of round robin / of the default, worst", min(past), ">=", 10.0),
     )
-    print(f"\nthe default, {DEFAULT_POLICY}:")
     held = True
     for what, value, sign, goal in checks:
         met = value <= goal if sign == "<=" else value >= goal
         held = held and met
-        print(f"  {what:<56}{value:>7.3f}  (goal {sign} {goal:g}{'' if met else ', missed'})")
+        print(f"{what:<66}{value:>7.3f}  (goal {sign} {goal:g}{'' if met else ', missed'})")
     return held
 
 
-def draw(results: dict[str, Any], where: Path) -> None:
+def draw(results: Results, where: Path) -> None:
     """The pictures of the documentation."""
     where.mkdir(parents=True, exist_ok=True)
     shown = ("round-robin", PEER, "lmetric", "sticky", "predicted", DEFAULT_POLICY)
     for trace in ("conversation", "synthetic"):
-        cells = [cell for cell in (*CELLS, *PAST_KNEE) if cell[:2] == (trace, 4)]
+        cells = sorted(cell for cell in (*CELLS, *PAST_KNEE, *PAST_ALL) if cell[:2] == (trace, 4))
         lines = [
-            Series(policy, [(cell[2], results[key(cell, policy)]["ttft"]) for cell in sorted(cells)])
+            Series(policy, [(cell[2], results[key(cell, policy)]["ttft"]) for cell in cells])
             for policy in (*shown, QUEUED)
-            if all(key(cell, policy) in results for cell in cells)
         ]
         title = f"Mean time to first token: {trace} trace, 4 workers"
         picture = plot(title, lines, Axis("times as fast as recorded"), Axis("milliseconds", log=True), standalone=True)
         (where / f"routing-load-{trace}.svg").write_text(picture + "\n")
-        cell = (trace, 8, 4.0)
+        cell = (trace, *DRAWN)
         lines = [Series(policy, results[key(cell, policy)]["ttft_curve"]) for policy in shown]
-        title = f"Time to first token: {trace} trace, 8 workers, 4 times as fast"
+        title = f"Time to first token: {trace} trace, {DRAWN[0]} workers, {DRAWN[1]:g} times as fast"
         axes = Axis("milliseconds", log=True), Axis("share of requests", low=0.0, high=1.0)
         (where / f"routing-ttft-{trace}.svg").write_text(plot(title, lines, *axes, standalone=True) + "\n")
 
@@ -162,19 +196,26 @@ def main() -> int:
     if not TRACES.exists():
         print(f"skipped: needs the traces in {TRACES}")
         return 0
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if args.keep and RESULTS.exists() else {}
-    past = ("round-robin", PEER, "lmetric", "sticky", "predicted", DEFAULT_POLICY, QUEUED)
+    results: Results = json.loads(RESULTS.read_text()) if args.keep and RESULTS.exists() else {}
     measure(results, CELLS, POLICIES, args.jobs)
-    measure(results, PAST_KNEE, past, args.jobs)
-    light = [cell for cell in CELLS if cell[1] == 4]
-    measure(results, light, (QUEUED,), args.jobs)
-    print("ratios are to the peer's linear cost")
-    table(results, CELLS, POLICIES, PEER)
-    print("\n\npast the knee; ratios are to round robin")
-    table(results, PAST_KNEE, past, "round-robin")
+    measure(results, (*PAST_KNEE, *PAST_ALL), PAST_POLICIES, args.jobs)
+    measure(results, [cell for cell in CELLS if cell[1] == 4], (QUEUED,), args.jobs)
+    print("Mean time to first token, ms")
+    matrix(results, CELLS, POLICIES, "ttft", ".0f")
+    print("\nPast round robin's knee, and past everybody's: mean time to first token, ms")
+    matrix(results, (*PAST_KNEE, *PAST_ALL), PAST_POLICIES, "ttft", ".0f")
+    print("p99, ms")
+    matrix(results, (*PAST_KNEE, *PAST_ALL), PAST_POLICIES, "p99", ".0f")
+    print("Requests that wait, by fifths of the run")
+    queues(results, (*PAST_KNEE, *PAST_ALL))
+    print(f"\nRatios to {PEER}: mean over the loads, and the worst")
+    summaries(results, CELLS, POLICIES)
+    print(f"\nThe default, {DEFAULT_POLICY}, beside {PEER}")
+    beside_peer(results, CELLS)
+    print()
     if args.plots is not None:
         draw(results, args.plots)
-    return 0 if goals(results, CELLS) else 1
+    return 0 if goals(results) else 1
 
 
 if __name__ == "__main__":
