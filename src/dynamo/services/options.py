@@ -48,7 +48,7 @@ def add_replica_options(parser: OptionParser, variable: str) -> None:
         "--replica-sync-peers",
         env=f"{variable}_REPLICA_SYNC_PEERS",
         metavar="ENDPOINTS",
-        default=(),
+        default="",
         type=zmq_endpoints,
         help="where others say what is booked there: tcp://host:port,...",
     )

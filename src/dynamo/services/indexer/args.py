@@ -42,7 +42,7 @@ def make_parser() -> OptionParser:
         "--workers",
         env="DYN_INDEXER_WORKERS",
         metavar="LIST",
-        default={},
+        default="",
         type=worker_list,
         help="where each rank publishes its KV events: id[:rank]=tcp://host:port,...",
     )
@@ -85,7 +85,7 @@ def make_parser() -> OptionParser:
         "--peers",
         env="DYN_INDEXER_PEERS",
         metavar="URLS",
-        default=(),
+        default="",
         type=urls,
         help="other indexers, asked for what a worker stored before it joined here: http://host:port,...",
     )
