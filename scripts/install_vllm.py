@@ -4,8 +4,8 @@
 usage: python scripts/install_vllm.py [--check] [--build auto|cpu|cuda]
 
 Without an NVIDIA GPU: torch, then the CPU build of vLLM, then what that build says it needs, except torchaudio,
-torchvision and torchcodec (they have no CPU builds that load beside this torch, and text does not need them). Then NIXL,
-which moves KV between workers: its front package and the one build that works here, not all that it would pull.
+torchvision and torchcodec (they have no CPU builds that load beside this torch, and text does not need them). Then
+NIXL, which moves KV between workers: its front package and the one build that works here, not all that it would pull.
 With an NVIDIA GPU: the CUDA build and NIXL with all their dependencies. That way is untested: it was written without
 such a GPU.
 Returns within a second when all is there. Exit status 0: there; 1: not there, or it could not be installed.
