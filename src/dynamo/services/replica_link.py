@@ -15,6 +15,7 @@ import zmq
 from zmq.asyncio import Context
 
 from dynamo.router.replica_book import AddRequest, Digest, Place, ReplicaBook, SequenceEvent, SequenceEvents
+from dynamo.router.scheduler import KvScheduler
 from dynamo.runtime.address import join_host_port
 from dynamo.runtime.errors import CannotConnect
 from dynamo.runtime.events import new_publisher_id
@@ -117,6 +118,12 @@ class ReplicaLink:
         ]
         for peer in peers:
             self.add_peer(peer)
+
+    def follow(self, key: GroupKey, block_size: int, scheduler: KvScheduler) -> ReplicaBook:
+        """Exchange what is booked in this group from now on, if replicas are on at all."""
+        book = ReplicaBook(scheduler, self.router_id)
+        self.groups[key] = Group(block_size, book)
+        return book
 
     # --- peers
 

@@ -17,14 +17,13 @@ from dynamo.router.config import KvRouterConfig, RouterConfig
 from dynamo.router.overload import Overload
 from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue, Waiting
 from dynamo.router.queue_profile import configure, load_profile
-from dynamo.router.replica_book import ReplicaBook
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
 from dynamo.runtime.errors import WorkerUnavailable
 from dynamo.runtime.options import env_number
 from dynamo.services.cache_group import CacheGroup, EventCounts, GroupKey
 from dynamo.services.refusals import conflict
-from dynamo.services.replica_link import Group, ReplicaLink
+from dynamo.services.replica_link import ReplicaLink
 from dynamo.services.selection.catalog import WorkerRecord
 
 log = logging.getLogger(__name__)
@@ -68,11 +67,10 @@ class Selector:
         self.records: dict[int, WorkerRecord] = {}
         self.ranks: dict[int, list[WorkerKey]] = {}
         self.is_eagle = False
-        self.book = ReplicaBook(self.scheduler, link.router_id)
+        self.book = link.follow(key, block_size, self.scheduler)
         self._link = link
         self._on_gone = on_gone
         self._clock = asyncio.get_running_loop().time
-        link.groups[key] = Group(block_size, self.book)
 
     def _source(self) -> OverlapSource:
         config = self.config
