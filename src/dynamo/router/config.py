@@ -11,6 +11,7 @@ from dynamo.runtime.selection import RouterMode
 
 DEFAULT_POLICY = "marginal"  # the best on traces, see docs/explanation/routing.md
 QUEUE_POLICIES = ("fcfs", "lcfs", "wspt")
+SPLIT_POLICIES = ("always", "isl_bounding", "prefill_load", "isl_or_load", "predicted")  # of dynamo.router.split
 _ONLY = {
     "router_prefill_load_model": "none",
     "use_remote_indexer": False,
@@ -119,6 +120,11 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
         if self.router_queue_policy not in QUEUE_POLICIES:
             raise ValueError(
                 f"router_queue_policy must be one of {', '.join(QUEUE_POLICIES)}, got {self.router_queue_policy!r}"
+            )
+        if self.conditional_disagg_policy not in SPLIT_POLICIES:
+            raise ValueError(
+                f"conditional_disagg_policy must be one of {', '.join(SPLIT_POLICIES)}, "
+                f"got {self.conditional_disagg_policy!r}"
             )
         for name, only in _ONLY.items():
             if getattr(self, name) != only:
