@@ -69,6 +69,6 @@ def test_the_prediction_weighs_the_queue_and_the_transfer_against_those_that_wou
 
 
 def test_an_unknown_policy_is_refused_by_name():
-    with pytest.raises(ValueError, match="isl_bounding.*got 'best'"):
+    with pytest.raises(ValueError, match=r"isl_bounding.*got 'best'"):
         KvRouterConfig(conditional_disagg_policy="best")
     assert tuple(POLICIES) == SPLIT_POLICIES
