@@ -80,9 +80,21 @@ async def test_a_request_that_nobody_frees_expires(two, make, monkeypatch):
 async def test_overlap_scores_say_what_each_worker_holds(two, make):
     scores = await make().get_overlap_scores(prompt(7))
     assert scores == {
-        "total_blocks": 10,
         "block_size": 16,
-        "scores": [{"worker_id": 2, "dp_rank": 0, "overlap_blocks": 8, "device": 8, "host": 0, "disk": 0}],
+        "num_blocks": 10,
+        "workers": [
+            {
+                "worker_id": 2,
+                "dp_rank": 0,
+                "device_blocks": 8,
+                "host_pinned_blocks": 8,
+                "disk_blocks": 8,
+                "host_pinned_extension_blocks": 0,
+                "disk_extension_blocks": 0,
+                "shared_beyond_device_blocks": None,
+            }
+        ],
+        "shared_cache": {"enabled": False, "total_hit_blocks": 0, "ranges": [], "error": None},
     }
 
 
@@ -90,7 +102,7 @@ async def test_adapters_and_tenants_change_the_answer(two, make):
     router = make()
     assert (await router.best_worker(prompt(7), lora_name="a"))[2] == 0
     assert (await router.best_worker(prompt(7), cache_namespace="tenant"))[2] == 0
-    assert not (await router.get_overlap_scores(prompt(7), lora_name="a"))["scores"]
+    assert not (await router.get_overlap_scores(prompt(7), lora_name="a"))["workers"]
 
 
 async def test_an_override_holds_for_one_question(two, make):

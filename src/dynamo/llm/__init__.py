@@ -60,6 +60,8 @@ _HOME = {
     "RouterMode": "dynamo.runtime.selection",
     "RouterQueueLimitExceeded": "dynamo.runtime.errors",
     "RoutingConstraints": "dynamo.router.constraints",
+    "SelectionCacheConfig": "dynamo.services.selection.pending",
+    "SelectionService": "dynamo.services.selection.service",
     "SelectionServiceError": "dynamo.runtime.errors",
     "StreamIncomplete": "dynamo.runtime.errors",
     "Unknown": "dynamo.runtime.errors",
@@ -72,6 +74,9 @@ _HOME = {
     "lora_name_to_id": "dynamo.llm.model_card",
     "register_llm": "dynamo.llm.registration",
     "register_model": "dynamo.llm.registration",
+    "run_kv_indexer": "dynamo.services.programs",
+    "run_select_service": "dynamo.services.programs",
+    "run_slot_tracker": "dynamo.services.programs",
     "unregister_model": "dynamo.llm.registration",
     "update_model_taints": "dynamo.llm.registration",
 }
@@ -100,13 +105,9 @@ _LATER = frozenset(
         "MultimodalEmbeddingCachePublisher",
         "PythonAsyncEngine",
         "RoutedEngine",
-        "SelectionService",
         "UnaryChatModel",
         "make_engine",
         "run_input",
-        "run_kv_indexer",
-        "run_select_service",
-        "run_slot_tracker",
         "with_engine_data",
     }
 )

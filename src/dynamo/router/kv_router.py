@@ -27,6 +27,7 @@ from dynamo.llm.protocols.engine import (
 from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
 from dynamo.router.constraints import RoutingConstraints
 from dynamo.router.model_router import ModelRouter, Ticket
+from dynamo.router.overlap_report import overlap_report
 from dynamo.router.route_request import hash_prompt
 from dynamo.router.types import Decision, RouteRequest, RouterOverride
 from dynamo.runtime.client import Client
@@ -153,39 +154,33 @@ class KvRouter:
     async def get_potential_loads(
         self,
         token_ids: Sequence[int],
-        router_config_override: Override = None,
         block_mm_infos: Sequence[BlockMmInfo | None] | None = None,
         lora_name: str | None = None,
         cache_namespace: str | None = None,
     ) -> list[dict[str, Any]]:
         """By worker, what its load would be with this prompt: `potential_prefill_tokens`, `potential_decode_blocks`."""
         await self.start()
-        request = self._request(token_ids, router_config_override, block_mm_infos, lora_name, cache_namespace)
+        request = self._request(token_ids, None, block_mm_infos, lora_name, cache_namespace)
         return self.router.scheduler.potential_loads(request, self._now())
 
     async def get_overlap_scores(
         self,
         token_ids: Sequence[int],
+        router_config_override: Override = None,
         block_mm_infos: Sequence[BlockMmInfo | None] | None = None,
         lora_name: str | None = None,
-        cache_namespace: str | None = None,
         include_shared: bool = True,
+        cache_namespace: str | None = None,
     ) -> dict[str, Any]:
-        """What each worker holds of a prompt, in blocks; `total_blocks` are those the prompt has.
+        """What each worker holds of a prompt, in blocks by tier: see `overlap_report`.
 
-        There is no cache shared between workers in this version, so `include_shared` changes nothing.
+        `router_config_override` changes no such number; there is no cache shared between workers in this version, so
+        `include_shared` changes nothing.
         """
         await self.start()
         request = self._request(token_ids, None, block_mm_infos, lora_name, cache_namespace)
         found = self.router.scheduler.overlaps.find(request.sequence_hashes, self._now())
-        return {
-            "total_blocks": len(request.sequence_hashes),
-            "block_size": self.router.block_size,
-            "scores": [
-                {**worker._asdict(), "overlap_blocks": overlap.total, **overlap._asdict()}
-                for worker, overlap in sorted(found.items(), key=lambda item: -item[1].total)
-            ],
-        }
+        return overlap_report(self.router.block_size, len(request.sequence_hashes), found)
 
     async def dump_events(self) -> str:
         """All that is known of workers' caches, as a JSON list of KV events that would tell it to an empty index."""

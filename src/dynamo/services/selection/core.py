@@ -14,6 +14,7 @@ from uuid import uuid4
 from zmq.asyncio import Context
 
 from dynamo.router.config import KvRouterConfig, RouterConfig
+from dynamo.router.overlap_report import overlap_report
 from dynamo.router.types import Decision, RouteRequest, WorkerKey
 from dynamo.runtime.errors import DynamoException, InvalidArgument, WorkerUnavailable
 from dynamo.runtime.metrics import Metrics
@@ -251,27 +252,11 @@ class SelectionCore:
         return selector, prompt_request(request_id, body, size, is_eagle=selector.is_eagle)
 
     def overlap_scores(self, body: PromptBody) -> dict[str, Any]:
-        """What each worker holds of a prompt, in blocks; the plain tiers are cumulative."""
+        """What each worker holds of a prompt: see `overlap_report`."""
         selector, request = self._request(body, "")
         found = selector.scheduler.overlaps.find(request.sequence_hashes, self._loop.time())
-        return {
-            "block_size": selector.scheduler.block_size,
-            "num_blocks": len(request.sequence_hashes),
-            "workers": [
-                {
-                    **worker._asdict(),
-                    "device_blocks": held.device,
-                    "host_pinned_blocks": held.device + held.host,
-                    "disk_blocks": held.total,
-                    "host_pinned_extension_blocks": held.host,
-                    "disk_extension_blocks": held.disk,
-                    "shared_beyond_device_blocks": None,
-                }
-                for worker, held in found.items()
-                if worker in selector.scheduler.load.position
-            ],
-            "shared_cache": {"enabled": False, "total_hit_blocks": 0, "ranges": [], "error": None},
-        }
+        here = {worker: held for worker, held in found.items() if worker in selector.scheduler.load.position}
+        return overlap_report(selector.scheduler.block_size, len(request.sequence_hashes), here)
 
     def potential_loads(self, body: PromptBody) -> list[dict[str, Any]]:
         """By worker, its load with this prompt."""
