@@ -11,6 +11,7 @@ from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.service import FrontendService
 from dynamo.runtime import DistributedRuntime
 from tests.frontend.front_door import ScriptedWorker, Served, StartFrontend, StartWorker, model_ready
+from tests.frontend.kv_fleet import Mocker, StartMocker
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, Any]:
@@ -61,3 +62,22 @@ async def served(start_frontend: StartFrontend, start_worker: StartWorker) -> Se
     worker = await start_worker()
     await model_ready(service, "tiny")
     return service, worker
+
+
+@pytest.fixture
+async def start_mocker(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartMocker]:
+    """Start a simulated worker: `await start_mocker("--speedup-ratio", "0", name="tiny")`."""
+    monkeypatch.setenv("DYN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", "0.05")
+    monkeypatch.setenv("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "0.5")
+    started: list[Mocker] = []
+
+    async def start(*flags: str, name: str = "tiny") -> Mocker:
+        mocker = Mocker()
+        started.append(mocker)
+        mocker.start(model_dir, *(flags or ("--speedup-ratio", "0")), name=name)
+        return mocker
+
+    yield start
+    for mocker in started:
+        await mocker.leave()

@@ -28,6 +28,8 @@ async def test_every_route_is_described(served: Served) -> None:
         "/health",
         "/live",
         "/metrics",
+        "/status",
+        "/busy_threshold",
     }
     chat = document["components"]["schemas"]["ChatCompletionRequest"]
     assert chat["required"] == ["model", "messages"]

@@ -160,7 +160,7 @@ class Answer(ABC):
     def release(self) -> None:
         """Forget the streams, which know the answer: a request must leave no cycle for the garbage collector."""
         for stream in self.streams:
-            stream.ticket = None
+            stream.route = None
         self.streams.clear()
 
     def _stop_workers(self) -> None:
@@ -209,10 +209,10 @@ class Answer(ABC):
             fields["prefill_time_ms"] = (first - self.dispatched_at) * 1e3
             fields["ttft_ms"] = (first - start) * 1e3
         fields["total_time_ms"] = (now - start) * 1e3
-        stream = self.streams[0]
-        if stream.ticket is not None and (decision := stream.ticket.decision) is not None:
+        route = self.streams[0].route
+        if route is not None and (decision := route.decision) is not None:
             fields["kv_hit_rate"] = decision.hit_rate
-            fields["router_queue_depth"] = stream.queue_depth
+            fields["router_queue_depth"] = route.queue_depth
         return fields
 
     def routing(self) -> dict[str, Any] | list[dict[str, Any]]:

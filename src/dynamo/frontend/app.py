@@ -13,6 +13,7 @@ from dynamo.frontend import headers
 from dynamo.frontend.args import Limits
 from dynamo.frontend.errors import RequestRefused, error_answer
 from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.frontend.routes_admin import AdminRoutes
 from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes
 from dynamo.frontend.routes_system import SystemRoutes
@@ -53,6 +54,7 @@ class App:
         openai: OpenAIRoutes,
         models: ModelRoutes,
         system: SystemRoutes,
+        admin: AdminRoutes,
         metrics: FrontendMetrics,
         limits: Limits,
         path_of: Mapping[str, str],
@@ -72,6 +74,8 @@ class App:
             "/docs": system.docs,
         }
 
+        self._pages["/status"] = admin.status
+        self._settings: dict[str, Handler] = {"/busy_threshold": admin.busy_threshold} if limits.admin_api else {}
         self._in_flight = 0
         self._idle: asyncio.Event | None = None  # only while somebody waits for it
 
@@ -111,6 +115,11 @@ class App:
                 raise self._wrong_method(request, "POST")
             if self._system.draining:
                 raise RequestRefused(503, "the server is shutting down", code="server_shutting_down")
+            return handler
+        handler = self._settings.get(path)
+        if handler is not None:
+            if request.method not in ("GET", "HEAD", "POST"):
+                raise self._wrong_method(request, "GET, HEAD, POST")
             return handler
         handler = self._pages.get(path) or self._model_handler(path)
         if handler is None:

@@ -197,3 +197,26 @@ class Live(msgspec.Struct):
 
     status: Literal["live"]
     message: str
+
+
+class BusyThreshold(msgspec.Struct, forbid_unknown_fields=True):
+    """A model's thresholds; in a request, those that are to change."""
+
+    model: str
+    active_decode_blocks_threshold: float | None = None
+    active_prefill_tokens_threshold: int | None = None
+    active_prefill_tokens_threshold_frac: float | None = None
+
+
+class BusyThresholds(msgspec.Struct):
+    """Those of all models."""
+
+    thresholds: list[BusyThreshold]
+
+
+class Status(msgspec.Struct):
+    """What was asked for, what is in effect, and what is amiss. `router` has the KV router's account of a model."""
+
+    router_mode: str
+    warnings: list[str]
+    models: dict[str, list[dict[str, Any]]]

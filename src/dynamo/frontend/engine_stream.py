@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import msgspec
 
 from dynamo.frontend.answer import Answer
+from dynamo.frontend.route import OutputBlocks, Route, wanted_of
 from dynamo.llm.output import ChoiceDecoder
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
-from dynamo.router.model_router import ModelRouter, Ticket
-from dynamo.router.route_request import check_override
-from dynamo.router.types import Decision, RouteRequest, WorkerKey
+from dynamo.router.model_router import ModelRouter
+from dynamo.router.types import Decision
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, Unknown
@@ -56,24 +56,6 @@ class _Choice:
         self.last_at = 0.0
 
 
-class OutputBlocks:
-    """Tells a router of each block that an answer fills [K30]."""
-
-    __slots__ = ("_block_size", "_ticket", "_tokens")
-
-    def __init__(self, ticket: Ticket, block_size: int) -> None:
-        self._ticket = ticket
-        self._block_size = block_size
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """So many more tokens."""
-        full = self._tokens // self._block_size
-        self._tokens += tokens
-        for _ in range(full, self._tokens // self._block_size):
-            self._ticket.output_block()
-
-
 class EngineStream:
     """One prompt of an answer. Ends once: with all choices finished, or with an error for the whole answer."""
 
@@ -83,10 +65,8 @@ class EngineStream:
         "_blocks",
         "_choices",
         "_dispatch_at",
-        "_pins",
         "_request",
         "_unfinished",
-        "_wanted",
         "_workers",
         "context",
         "dispatched_at",
@@ -95,8 +75,7 @@ class EngineStream:
         "flush",
         "instance_id",
         "prompt_tokens",
-        "queue_depth",
-        "ticket",
+        "route",
     )
 
     def __init__(
@@ -118,12 +97,8 @@ class EngineStream:
         self.instance_id: int | None = None
         self.dp_rank = request.routing.dp_rank if request.routing is not None else None
         self.prompt_tokens = len(request.token_ids)
-        self.ticket: Ticket | None = None
+        self.route: Route | None = None
         """Its place at a worker or in the queue, where a router keeps account."""
-        self.queue_depth = 0
-        """Requests that waited for a worker when this one came."""
-        self._wanted: RouteRequest | None = None
-        self._pins: frozenset[WorkerKey] | None = None
         self._blocks: OutputBlocks | None = None
         self._dispatch_at = self.dispatched_at = 0.0
         self.ended = False
@@ -139,35 +114,20 @@ class EngineStream:
         if router is None:
             self._send(self._workers.choose(self._request))
         else:
-            self._route(router)
+            if self.route is None:
+                wanted = wanted_of(router, self._request, self.context)
+                explain = self._answer.plan.explains_routing
+                self.route = Route(router, wanted, self._go, self._answer.fail, explain=explain)
+            self.route.ask()
 
-    def _route(self, router: ModelRouter) -> None:
-        """Let the router choose; a refusal fails the whole answer."""
-        wanted = self._wanted
-        if wanted is None:
-            wanted = self._wanted = router.request(self.context.id(), self._request, self.context.metadata)
-            self._pins = wanted.allowed
-            check_override(wanted.override, router.config.router_policy)
-        else:  # another attempt: where the first one was bound to go does not hold any more
-            wanted.allowed = self._pins
-        self.queue_depth = router.queue.pending
-        self.ticket = None
-        ticket = router.route(wanted, self._decided, self._answer.fail, explain=self._answer.plan.explains_routing)
-        self.ticket = ticket
-        if ticket.decision is not None:
-            self._go(router, ticket, ticket.decision)
-
-    def _decided(self, decision: Decision) -> None:
-        """The router's answer, if it did not come at once."""
-        router = self._workers.router
-        if self.ticket is not None and router is not None:
-            self._go(router, self.ticket, decision)
-
-    def _go(self, router: ModelRouter, ticket: Ticket, decision: Decision) -> None:
+    def _go(self, decision: Decision) -> None:
+        """The router's answer."""
+        route = self.route
+        assert route is not None
         worker_id, self.dp_rank = decision.worker
-        if router.config.router_track_output_blocks:
-            self._blocks = OutputBlocks(ticket, router.block_size)
-        if self.dp_rank or len(router.ranks_of(worker_id)) > 1:
+        if route.router.config.router_track_output_blocks:
+            self._blocks = OutputBlocks(route)
+        if self.dp_rank or len(route.router.ranks_of(worker_id)) > 1:
             routing = self._request.routing = self._request.routing or Routing()
             routing.dp_rank = self.dp_rank
         self._send(worker_id)
@@ -185,8 +145,8 @@ class EngineStream:
         if not self.ended:
             self.ended = True
             self.context.kill()
-            if self.ticket is not None:
-                self.ticket.cancel()
+            if self.route is not None:
+                self.route.cancel()
 
     # --- from the worker
 
@@ -213,8 +173,8 @@ class EngineStream:
         answer.active_at = now
         if delta.token_count:
             answer.meter.tokens(now, choice.last_at, delta.token_count)
-            if not choice.last_at and self.ticket is not None:
-                self.ticket.first_token()
+            if not choice.last_at and self.route is not None:
+                self.route.first_token()
             choice.last_at = now
             if self._blocks is not None:
                 self._blocks.add(delta.token_count)
@@ -251,8 +211,8 @@ class EngineStream:
             if each.decoder.stopped_early:
                 self.context.stop_generating()
                 break
-        if self.ticket is not None:
-            self.ticket.free(self.completion_tokens, self.cached_tokens)
+        if self.route is not None:
+            self.route.finish(self.completion_tokens, self.cached_tokens)
         self._note_worker()
         self._answer.stream_ended()
 
@@ -277,8 +237,6 @@ class EngineStream:
     def _dispatch_again(self) -> None:
         if self.ended or self._answer.closed:
             return
-        if self.ticket is not None:
-            self.ticket.free()
         try:
             self.dispatch()
         except DynamoException as e:
@@ -288,7 +246,7 @@ class EngineStream:
 
     def explain_routing(self) -> dict[str, Any]:
         """Why the prompt went where it did."""
-        decision = self.ticket.decision if self.ticket is not None else None
+        decision = self.route.decision if self.route is not None else None
         if decision is None:
             reason = "the router mode of this server looks at no cache; --router-mode kv does"
             return {"policy": None, "reason": reason, "worker": {"worker_id": self.instance_id}}

@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
+
 from dynamo.frontend.bodies import ModelObject
 from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.metrics import MODEL_FACTS, FrontendMetrics
 from dynamo.frontend.worker_set import SetKey, WorkerSet, set_key
 from dynamo.llm.model_card import CARD_PREFIX, CardKey, ModelDeploymentCard, ModelInput, ModelType
-from dynamo.router.config import RouterConfig
+from dynamo.router.config import LoadThresholdConfig, RouterConfig
 from dynamo.runtime.discovery import Delete
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import InvalidArgument, WorkerUnavailable
@@ -139,6 +141,7 @@ class ModelRegistry:
         self._by_key: dict[CardKey, SetKey] = {}
         self._listeners: list[Callable[[], None]] = []
         self._any_takes_text = False
+        self._thresholds: dict[str, LoadThresholdConfig] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -148,6 +151,23 @@ class ModelRegistry:
     def get(self, name: str) -> Model | None:
         """The model of this name, ready or not."""
         return self._models.get(name)
+
+    def all(self) -> list[Model]:
+        """Every model, ready or not."""
+        return list(self._models.values())
+
+    def thresholds(self, name: str) -> dict[str, Any]:
+        """When a worker of this model counts as busy."""
+        found = self._thresholds.get(name, self._routing.thresholds)
+        return {field: getattr(found, field) for field in found.__struct_fields__}
+
+    def set_thresholds(self, name: str, thresholds: LoadThresholdConfig) -> None:
+        """From now on they are these, for workers that come later too."""
+        self._thresholds[name] = thresholds
+        model = self._models.get(name)
+        for worker_set in model.sets.values() if model is not None else ():
+            if worker_set.router is not None:
+                worker_set.router.thresholds = thresholds
 
     def ready(self) -> list[Model]:
         """The models that can answer, in order of appearance."""
@@ -202,7 +222,8 @@ class ModelRegistry:
         self._changed()
 
     def _add_set(self, key: SetKey, card: ModelDeploymentCard) -> WorkerSet:
-        worker_set = WorkerSet(self._runtime, key, card, self._routing, self._min_workers, self._changed)
+        routing = msgspec.structs.replace(self._routing, **self.thresholds(card.display_name))
+        worker_set = WorkerSet(self._runtime, key, card, routing, self._min_workers, self._changed)
         self._sets[key] = worker_set
         log.info("model %r at %s", card.display_name, key.path)
         worker_set.start()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dynamo.frontend.bodies import (
+    BusyThreshold,
+    BusyThresholds,
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
@@ -21,12 +23,14 @@ from dynamo.frontend.bodies import (
     ModelList,
     ModelObject,
     Readiness,
+    Status,
 )
 from dynamo.llm.protocols.chat import ChatCompletionRequest
 from dynamo.llm.protocols.completions import CompletionRequest
 
 _ANSWERS = (
     ErrorBody, ChatCompletion, ChatCompletionChunk, Completion, ModelObject, ModelList, Readiness, Health, Live,
+    BusyThreshold, BusyThresholds, Status,
 )  # fmt: skip
 
 # What is checked after decoding, so not in the structs: field -> more schema.
@@ -70,9 +74,11 @@ class Description(NamedTuple):
     page: bytes
 
 
-def describe(paths: Mapping[str, str], overload_status: int) -> Description:
+def describe(paths: Mapping[str, str], overload_status: int, *, admin_api: bool = True) -> Description:
     """Describe the service. `paths` are the paths of the routes by their short names (`dynamo.frontend.app.paths`)."""
     found = document(paths, overload_status)
+    if not admin_api:
+        del found["paths"]["/busy_threshold"]
     return Description(msgspec.json.encode(found), page(found))
 
 
@@ -146,6 +152,14 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
     overload = overload_status if overload_status in _ERRORS else 529
     health = _page("Health of the service", "system", _json("Health"))
     health["get"]["responses"]["503"] = {"description": "The server is shutting down", "content": _json("Health")}
+    busy = _page("Get busy thresholds", "system", _json("BusyThresholds"))
+    busy["post"] = {
+        "summary": "Set busy thresholds",
+        "operationId": "set_busy_thresholds",
+        "tags": ["system"],
+        "requestBody": {"required": True, "content": _json("BusyThreshold")},
+        "responses": _responses("The thresholds now", (400, 404, 405, 408, 413), _json("BusyThreshold")),
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -166,6 +180,8 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
             paths["HEALTH"]: health,
             paths["LIVE"]: _page("Liveness of the process", "system", _json("Live")),
             paths["METRICS"]: _page("Prometheus metrics", "system", text),
+            "/status": _page("Status of models and routers", "system", _json("Status")),
+            "/busy_threshold": busy,
         },
         "components": {"schemas": _schemas()},
     }

@@ -69,6 +69,11 @@ class Form(ABC):
         """Whether the client has got something already."""
         return self._output.committed
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether what was added last came after the worker's first token."""
+        return True
+
     @abstractmethod
     def add(self, data: Any) -> None:
         """One item. Raises what says that it is none of this form."""
@@ -108,6 +113,11 @@ class BytesForm(Form):
             self._parts.append(data)
         else:
             raise TypeError(f"a {type(data).__name__} where bytes of the body were expected")
+
+    @property
+    def has_begun(self) -> bool:
+        """The head may come long before the first token."""
+        return bool(self._parts)
 
     @property
     def _streams(self) -> bool:

@@ -18,12 +18,15 @@ from dynamo.frontend.engine_stream import MAX_ATTEMPTS
 from dynamo.frontend.errors import error_answer
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
 from dynamo.frontend.passed_answers import BytesForm, EventsForm, Form, OneAnswerForm, Output
+from dynamo.frontend.route import Route, wanted_of
 from dynamo.frontend.server import HttpConnection, Sent
 from dynamo.frontend.stream_answer import STALLED_CLIENT_S
+from dynamo.frontend.text_prompt import Asked, prompt_tokens
 from dynamo.frontend.watchdog import Watchdog
 from dynamo.frontend.worker_set import WorkerSet
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.protocols.passthrough import Headers, OpenAIRequest
+from dynamo.router.types import Decision
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.connection import Call
 from dynamo.runtime.context import Context
@@ -49,13 +52,6 @@ _NOT_PASSED_ON = frozenset(
 """Headers that are about one connection, or that we say ourselves."""
 
 _decode_any = msgspec.msgpack.Decoder().decode
-
-
-class Asked(msgspec.Struct):
-    """What has to be known of a body to send it somewhere."""
-
-    model: str = ""
-    stream: bool | None = None
 
 
 _decode_asked = msgspec.json.Decoder(Asked).decode
@@ -91,8 +87,11 @@ class PassThrough:
             context = headers.make_context(found, self._limits.metadata_header)
             connection = cast("HttpConnection", request.protocol)
             connection.request_id = context.id()
-            # Routers choose by tokens; of this request there are none, only where it wants to go.
+            # What a router has to know: where it wants to go, and as much as can be told of its prompt.
             wish = PreprocessedRequest(asked.model, [], routing=headers.routing_pins(found) if found else None)
+            if workers.router is not None:
+                wish.token_ids = prompt_tokens(asked)
+                wish.agent_context = headers.agent_context(found)
             passing = Passing(request, _Parts(self._metrics, self._limits, meter, workers, context), wish, body, asked)
             passing.path = CHAT_PATH if chat else COMPLETIONS_PATH
             sent = await self._run(passing, connection)
@@ -147,6 +146,8 @@ class Passing:
         self._body = body
         self._asked = asked
         self._attempts = 0
+        self._route: Route | None = None
+        self._dispatch_at = 0.0
         self._call: Call | None = None
         self._form: Form | None = None
         self._paused_at: float | None = None
@@ -158,13 +159,29 @@ class Passing:
     # --- to the worker
 
     def dispatch(self) -> None:
-        """Choose a worker and send the request. Raises what says that it cannot be sent."""
+        """Choose a worker and send the request, now or when one has room. Raises what says that it cannot be sent."""
         self._attempts += 1
+        self._dispatch_at = perf_counter()
         workers = self._parts.workers
-        start = perf_counter()
-        instance_id = workers.choose(self._wish)
+        if workers.router is None:
+            self._send(workers.choose(self._wish))
+            return
+        if self._route is None:
+            wanted = wanted_of(workers.router, self._wish, self._parts.context)
+            self._route = Route(workers.router, wanted, self._go, self.fail)
+        self._route.ask()
+
+    def _go(self, decision: Decision) -> None:
+        """The router's answer. A rank is the worker's own business: what it gets says nothing of ranks."""
+        try:
+            self._send(decision.worker.worker_id)
+        except DynamoException as e:
+            self.fail(e)
+
+    def _send(self, instance_id: int) -> None:
+        workers = self._parts.workers
         self.active_at = now = perf_counter()
-        self._parts.metrics.route_seconds.observe(now - start)
+        self._parts.metrics.route_seconds.observe(now - self._dispatch_at)
         output = Output(self._request, self._parts.context)
         if workers.takes_bytes(instance_id):
             self._form = BytesForm(output)
@@ -195,6 +212,8 @@ class Passing:
                 self.fail(Unknown("; ".join(annotated.comments()) or "the worker reported an error"))
             elif (data := annotated.data()) is not None:
                 self._form.add(data)
+                if self._route is not None and self._form.has_begun:
+                    self._route.first_token()
                 if not self._parts.meter.first_token_at:
                     self._parts.meter.tokens(now, 0.0, 0)  # when it came; how many there are is not ours to read
         except (msgspec.DecodeError, TypeError, AttributeError, KeyError, ValueError) as e:
@@ -216,6 +235,8 @@ class Passing:
             self.fail(e)
             return
         self.closed = True
+        if self._route is not None:
+            self._route.finish()
         if status >= 400:  # the worker's own words went out; the metrics say what kind they were
             described = error_answer(HttpError(status, ""), self._parts.limits.overload_status)
             self.error_type = described.error_type
@@ -237,7 +258,7 @@ class Passing:
         if self.closed:
             return
         self.closed = True
-        self._parts.context.kill()
+        self._stop()
         if self._form is None or not self._form.committed:
             self._resolve(error)
             return
@@ -269,7 +290,7 @@ class Passing:
         self.error_type = "cancelled"
         self._parts.metrics.disconnected.value += 1
         self._parts.metrics.failure("Cancelled", "client.disconnected")
-        self._parts.context.kill()
+        self._stop()
         self._resolve(Cancelled("the client closed the connection"))
 
     # --- the watchdog
@@ -294,8 +315,14 @@ class Passing:
         """The handler is leaving, for whatever reason: the worker shall not go on for nothing."""
         if not self.closed:
             self.closed = True
-            self._parts.context.kill()
-        self._form = self._call = None  # no cycle for the garbage collector
+            self._stop()
+        self._form = self._call = self._route = None  # no cycle for the garbage collector
+
+    def _stop(self) -> None:
+        """Nobody wants the rest."""
+        self._parts.context.kill()
+        if self._route is not None:
+            self._route.cancel()
 
     def _resolve(self, outcome: Sent | DynamoException) -> None:
         if self.done.done():

@@ -21,6 +21,7 @@ from dynamo.frontend.errors import RequestRefused, error_answer, model_not_found
 from dynamo.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics, RequestMeter
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.passthrough import PassThrough, peek
+from dynamo.frontend.query_only import answer_query, only_asks
 from dynamo.frontend.server import HttpConnection, Sent, read_body
 from dynamo.frontend.stream_answer import StreamAnswer
 from dynamo.frontend.unary_answer import UnaryAnswer
@@ -123,6 +124,10 @@ class OpenAIRoutes:
                 span.set_attribute("endpoint", endpoint)
             prepared = await self._prepare(workers, body, found, context)
             plan = self._plan(body, prepared, context, named_by_client="x-request-id" in found)
+            if body.annotations and only_asks(body.annotations):
+                sent = answer_query(request, plan, workers, prepared, context, stream=bool(body.stream))
+                error_type = ""
+                return sent
             answer = (StreamAnswer if body.stream else UnaryAnswer)(request, plan, meter, self._metrics, self._limits)
             sent = await self._run(answer, workers, prepared, context)
             error_type = answer.error_type

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
+from dynamo.frontend.args import Limits
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import Sent, answer
@@ -20,20 +21,20 @@ class SystemRoutes:
     """The handlers of `/health`, `/live`, `/metrics`, `/openapi.json` and `/docs` [H5]."""
 
     def __init__(
-        self, models: ModelRegistry, metrics: FrontendMetrics, path_of: Mapping[str, str], overload_status: int
+        self, models: ModelRegistry, metrics: FrontendMetrics, path_of: Mapping[str, str], limits: Limits
     ) -> None:
         self.draining = False
         self._models = models
         self._metrics = metrics
         self._path_of = path_of
-        self._overload_status = overload_status
+        self._limits = limits
 
     @cached_property
     def _description(self) -> "Description":
         """Made when somebody asks: it costs a tenth of a second, which no start needs to wait for."""
         from dynamo.frontend.openapi import describe
 
-        return describe(self._path_of, self._overload_status)
+        return describe(self._path_of, self._limits.overload_status, admin_api=self._limits.admin_api)
 
     async def health(self, request: web.BaseRequest) -> Sent:
         """GET /health: 200 also without workers, so that the frontend may start first; 503 once it is leaving."""

@@ -11,11 +11,14 @@ from dynamo.frontend.app import App, paths
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.models import ModelRegistry, NamespaceFilter
+from dynamo.frontend.router_series import RouterSeries
+from dynamo.frontend.routes_admin import AdminRoutes
 from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes, load_template
 from dynamo.frontend.routes_system import SystemRoutes
 from dynamo.frontend.server import HttpServer
 from dynamo.frontend.watchdog import Watchdog
+from dynamo.router.options import options_without_effect
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import EngineShutdown
 from dynamo.runtime.loop_monitor import LoopMonitor
@@ -49,13 +52,20 @@ class FrontendService:
             routing,
             config.router_min_initial_workers,
         )
+        unused = [
+            f"{flag} has no effect: --router-mode is {config.router_mode}" for flag in options_without_effect(routing)
+        ]
+        for line in unused:
+            log.warning("%s", line)
+        self._series = RouterSeries(runtime.metrics, config.metrics_prefix, self.models)
         keep_alive_s = limits.sse_keep_alive_ms / 1e3
         self._watchdog = Watchdog(min(WATCH_INTERVAL_S, limits.stream_timeout_s / 4, (keep_alive_s or 4) / 4))
-        self._system = SystemRoutes(self.models, self.metrics, path_of, limits.overload_status)
+        self._system = SystemRoutes(self.models, self.metrics, path_of, limits)
         self._app = App(
             OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults),
             ModelRoutes(self.models),
             self._system,
+            AdminRoutes(self.models, config.router_mode, unused),
             self.metrics,
             limits,
             path_of,
@@ -84,6 +94,7 @@ class FrontendService:
         self._following = loop.create_task(self.models.follow(), name="model cards")
         self._following.add_done_callback(_report_end)
         self._monitor.start()
+        self._runtime.metrics.on_scrape(self._series.update)
 
     @property
     def port(self) -> int:
@@ -117,6 +128,7 @@ class FrontendService:
             await self._http.shutdown(LAST_WORDS_S)
         self._watchdog.close()
         self._monitor.close()
+        self._runtime.metrics.off_scrape(self._series.update)
         self.models.close()
         await self.models.closed()
         if self._following is not None:

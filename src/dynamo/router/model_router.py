@@ -378,6 +378,15 @@ class ModelRouter:
             self._arm()
         return ticket
 
+    def query(self, request: RouteRequest, *, explain: bool = False) -> Decision:
+        """Where the request would go if it were routed now. Changes nothing. Raises WorkerUnavailable."""
+        now = self._loop.time()
+        if self._fleet is not None and self._fleet.stale:
+            self._fleet.flush()
+        if self.affinity is not None and request.session_id is not None:
+            self._keep_to_session(self.affinity, request, now)
+        return self.scheduler.select(request, now, explain=explain)
+
     def ticket(self, request_id: str) -> Ticket | None:
         """The request of that id, queued or at a worker."""
         return self._tickets.get(request_id)

@@ -1,0 +1,84 @@
+"""Where would this request go? [K53]
+
+A request with the annotation `query_instance_id` is answered by that alone, and by its tokens: nothing is sent and
+nothing counted. A gateway sends the request later, pinned to the worker, with `nvext.token_data`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from aiohttp import web
+
+from dynamo.frontend import sse
+from dynamo.frontend.answer import AnswerPlan
+from dynamo.frontend.route import wanted_of
+from dynamo.frontend.server import Sent, answer
+from dynamo.frontend.worker_set import WorkerSet
+from dynamo.llm.output import TextDelta
+from dynamo.llm.preprocessor import Prepared
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import InvalidArgument
+
+ANNOTATION = "query_instance_id"
+
+
+def only_asks(annotations: Sequence[str]) -> bool:
+    """Whether a request wants no more than to know. Annotations may have a value behind a colon."""
+    return any(each.partition(":")[0] == ANNOTATION for each in annotations)
+
+
+def answer_query(
+    request: web.BaseRequest,
+    plan: AnswerPlan,
+    workers: WorkerSet,
+    prepared: Sequence[Prepared],
+    context: Context,
+    *,
+    stream: bool,
+) -> Sent:
+    """Answer in the form of the request. Raises InvalidArgument for several prompts, WorkerUnavailable."""
+    if len(prepared) != 1:
+        raise InvalidArgument(f"the annotation {ANNOTATION} takes one prompt, not {len(prepared)}", "prompt")
+    nvext = _where(workers, prepared[0].request, context, explain=plan.explains_routing)
+    form = sse.ChunkForm(chat=plan.chat, response_id=plan.response_id, created=plan.created, model=plan.model)
+    if stream:
+        event = form.chunk([form.choice(0, TextDelta(""), role=True)], nvext=nvext)
+        return answer(request, 200, event + sse.DONE, "text/event-stream", plan.headers)
+    choice: dict[str, Any] = {"index": 0, "finish_reason": None, "logprobs": None}
+    if plan.chat:
+        choice["message"] = {"role": "assistant", "content": None, "refusal": None}
+    else:
+        choice["text"] = ""
+    body = {
+        "id": plan.response_id,
+        "object": "chat.completion" if plan.chat else "text_completion",
+        "created": plan.created,
+        "model": plan.model,
+        "choices": [choice],
+        "nvext": nvext,
+    }
+    return answer(request, 200, sse.json_bytes(body), headers=plan.headers)
+
+
+def _where(workers: WorkerSet, request: PreprocessedRequest, context: Context, *, explain: bool) -> dict[str, Any]:
+    if workers.router is None:
+        worker_id = workers.choose(request)
+        return {
+            "worker_id": {"prefill_worker_id": worker_id, "decode_worker_id": worker_id},
+            "token_ids": request.token_ids,
+        }
+    decision = workers.router.query(wanted_of(workers.router, request, context), explain=explain)
+    worker_id, rank = decision.worker
+    nvext: dict[str, Any] = {
+        "worker_id": {
+            "prefill_worker_id": worker_id,
+            "prefill_dp_rank": rank,
+            "decode_worker_id": worker_id,
+            "decode_dp_rank": rank,
+        },
+        "token_ids": request.token_ids,
+    }
+    if explain:
+        nvext["routing"] = {**(decision.explanation or {}), "hit_rate": decision.hit_rate}
+    return nvext

@@ -1,0 +1,103 @@
+"""How does a prompt get its worker from a router that keeps account of what is where?
+
+A `Route` is one prompt's account: asked for a worker, booked at it, closed at the end, whatever the end is.
+"""
+
+from collections.abc import Callable
+
+from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.router.model_router import ModelRouter, Ticket
+from dynamo.router.route_request import check_override
+from dynamo.router.types import Decision, RouteRequest
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import DynamoException
+
+
+def wanted_of(router: ModelRouter, request: PreprocessedRequest, context: Context) -> RouteRequest:
+    """What the router has to know of a prompt. Raises InvalidArgument for what it cannot do."""
+    wanted = router.request(context.id(), request, context.metadata)
+    check_override(wanted.override, router.config.router_policy)
+    return wanted
+
+
+class Route:
+    """One prompt's way. `go` is called with each decision, `fail` with a refusal; perhaps before `ask` returns."""
+
+    __slots__ = ("_explain", "_fail", "_go", "_pins", "_wanted", "queue_depth", "router", "ticket")
+
+    def __init__(
+        self,
+        router: ModelRouter,
+        wanted: RouteRequest,
+        go: Callable[[Decision], None],
+        fail: Callable[[DynamoException], None],
+        *,
+        explain: bool = False,
+    ) -> None:
+        self.router = router
+        self.ticket: Ticket | None = None
+        self.queue_depth = 0
+        """Requests that waited for a worker when this one came."""
+        self._wanted = wanted
+        self._pins = wanted.allowed
+        self._go = go
+        self._fail = fail
+        self._explain = explain
+
+    @property
+    def decision(self) -> Decision | None:
+        """Where the prompt is, or was last; None while it waits."""
+        return self.ticket.decision if self.ticket is not None else None
+
+    def ask(self) -> None:
+        """Ask for a worker; again, where the last one could not be reached."""
+        router, wanted = self.router, self._wanted
+        if self.ticket is not None:
+            self.ticket.free()
+            self.ticket = None
+            wanted.allowed = self._pins  # a session may have narrowed it to the worker that is gone
+        self.queue_depth = router.queue.pending
+        ticket = router.route(wanted, self._decided, self._fail, explain=self._explain)
+        self.ticket = ticket
+        if ticket.decision is not None:
+            self._go(ticket.decision)
+
+    def _decided(self, decision: Decision) -> None:
+        """A decision that did not come at once: else the ticket is not ours yet, and `ask` goes on."""
+        if self.ticket is not None:
+            self._go(decision)
+
+    def first_token(self) -> None:
+        """The worker has computed the prompt."""
+        if self.ticket is not None:
+            self.ticket.first_token()
+
+    def finish(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
+        """It ended in order."""
+        if self.ticket is not None:
+            self.ticket.free(output_tokens, cached_tokens)
+
+    def cancel(self) -> None:
+        """It ended otherwise, or waits and is not wanted any more."""
+        if self.ticket is not None:
+            self.ticket.cancel()
+
+
+class OutputBlocks:
+    """Tells a router of each block that an answer fills [K30]."""
+
+    __slots__ = ("_block_size", "_route", "_tokens")
+
+    def __init__(self, route: Route) -> None:
+        self._route = route
+        self._block_size = route.router.block_size
+        self._tokens = 0
+
+    def add(self, tokens: int) -> None:
+        """So many more tokens."""
+        full = self._tokens // self._block_size
+        self._tokens += tokens
+        ticket = self._route.ticket
+        if ticket is not None:
+            for _ in range(full, self._tokens // self._block_size):
+                ticket.output_block()

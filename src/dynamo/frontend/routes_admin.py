@@ -1,0 +1,82 @@
+"""What is in effect, and when does a worker count as busy? (facts row A18)"""
+
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from dynamo.frontend.bodies import BusyThreshold, BusyThresholds, Status
+from dynamo.frontend.errors import model_not_found
+from dynamo.frontend.models import ModelRegistry
+from dynamo.frontend.server import Sent, answer, read_body
+from dynamo.router.config import LoadThresholdConfig
+from dynamo.runtime.errors import InvalidArgument
+
+MAX_BODY_BYTES = 1 << 16  # a model's name and three numbers
+
+
+_NAMES = LoadThresholdConfig.__struct_fields__
+
+
+class AdminRoutes:
+    """The handlers of `/busy_threshold` and `/status`."""
+
+    def __init__(self, models: ModelRegistry, router_mode: str, warnings: list[str]) -> None:
+        self._models = models
+        self._router_mode = router_mode
+        self._warnings = warnings
+
+    async def busy_threshold(self, request: web.BaseRequest) -> Sent:
+        """GET: the thresholds of all models. POST: change a model's; what is left out or null stays as it is.
+
+        Raises:
+            RequestRefused: 404, nobody serves the model.
+            InvalidArgument: a value that cannot be meant, or a model whose router has no thresholds.
+        """
+        if request.method != "POST":
+            every = BusyThresholds([self._of(model.name) for model in self._models.all()])
+            return answer(request, 200, msgspec.json.encode(every))
+        try:
+            asked = msgspec.json.decode(await read_body(request, MAX_BODY_BYTES), type=BusyThreshold)
+        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+            raise InvalidArgument(f"Validation: {e}") from None
+        changes = {name: value for name in _NAMES if (value := getattr(asked, name)) is not None}
+        if self._models.get(asked.model) is None:
+            raise model_not_found(asked.model)
+        if changes:
+            self._change(asked.model, changes)
+        return answer(request, 200, msgspec.json.encode(self._of(asked.model)))
+
+    def _change(self, name: str, changes: dict[str, Any]) -> None:
+        if self._router_mode != "kv":
+            raise InvalidArgument(
+                f"busy thresholds need --router-mode kv; this server routes by {self._router_mode}", min(changes)
+            )
+        try:
+            thresholds = LoadThresholdConfig(**{**self._models.thresholds(name), **changes})
+        except ValueError as e:
+            raise InvalidArgument(f"Validation: {e}", str(e).partition(" ")[0]) from None
+        self._models.set_thresholds(name, thresholds)
+
+    def _of(self, name: str) -> BusyThreshold:
+        return BusyThreshold(name, **self._models.thresholds(name))
+
+    async def status(self, request: web.BaseRequest) -> Sent:
+        """GET /status: of every model, its workers and how its requests are routed; and what is amiss."""
+        warnings = list(self._warnings)
+        models: dict[str, list[dict[str, Any]]] = {}
+        for model in self._models.all():
+            for worker_set in model.sets.values():
+                router = worker_set.router.status() if worker_set.router is not None else None
+                entry = {
+                    "endpoint": worker_set.key.path,
+                    "ready": worker_set.ready,
+                    "workers": worker_set.worker_count,
+                    "router": router,
+                }
+                models.setdefault(model.name, []).append(entry)
+                if worker_set.trouble:
+                    warnings.append(f"{model.name}: {worker_set.trouble}")
+                if router is not None:
+                    warnings += [f"{model.name}: {line}" for line in router["warnings"]]
+        return answer(request, 200, msgspec.json.encode(Status(self._router_mode, warnings, models)))
