@@ -10,7 +10,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import msgspec
@@ -29,9 +29,10 @@ from dynamo.router.constraints import RoutingConstraints
 from dynamo.router.model_router import ModelRouter, Ticket
 from dynamo.router.overlap_report import overlap_report
 from dynamo.router.route_request import hash_prompt
-from dynamo.router.types import Decision, RouteRequest, RouterOverride
-from dynamo.runtime.client import Client
+from dynamo.router.types import Decision, RouteRequest, RouterOverride, WorkerKey
+from dynamo.runtime.client import Client, ResponseIterator
 from dynamo.runtime.component import Endpoint
+from dynamo.runtime.context import Context
 from dynamo.runtime.errors import CannotConnect, DynamoException, InvalidArgument
 from dynamo.runtime.selection import RouterMode
 
@@ -250,24 +251,36 @@ class KvRouter:
         return await self._generate(request, block_mm_infos, routing_constraints)
 
     async def generate_from_request(
-        self, request: Mapping[str, Any] | PreprocessedRequest, response_buffer_size: int = 100
+        self,
+        request: Mapping[str, Any] | PreprocessedRequest,
+        response_buffer_size: int = 100,
+        *,
+        context: Context | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
-        """As `generate`, of a request as workers get it."""
-        if not isinstance(request, PreprocessedRequest):
-            try:
-                request = msgspec.convert(dict(request), PreprocessedRequest)
-            except msgspec.ValidationError as e:
-                raise InvalidArgument(f"generate_from_request: {e}") from None
-        return await self._generate(request, None, None)
+        """As `generate`, of a request as workers get it. Of a mapping, the worker also gets what is not known here.
+
+        `context` is that of the request that this one serves: its id, its metadata and its end go along.
+        """
+        if isinstance(request, PreprocessedRequest):
+            return await self._generate(request, None, None, context=context)
+        try:
+            read = msgspec.convert(dict(request), PreprocessedRequest)
+        except msgspec.ValidationError as e:
+            raise InvalidArgument(f"generate_from_request: {e}") from None
+        return await self._generate(read, None, None, sent=dict(request), context=context)
 
     async def _generate(
         self,
         request: PreprocessedRequest,
         block_mm_infos: Sequence[BlockMmInfo | None] | None,
         constraints: RoutingConstraints | None,
+        *,
+        sent: dict[str, Any] | None = None,
+        context: Context | None = None,
     ) -> AsyncIterator[dict[str, Any]]:
         client = await self.start()
-        wanted = self.router.request(str(uuid4()), request)
+        request_id, metadata = (str(uuid4()), None) if context is None else (context.id(), dict(context.metadata))
+        wanted = self.router.request(request_id, request, metadata)
         if block_mm_infos is not None:
             routing = request.routing or Routing()
             wanted.sequence_hashes = hash_prompt(
@@ -278,14 +291,13 @@ class KvRouter:
                 cache_namespace=routing.cache_salt,
             )
         _constrain(wanted, constraints)
-        return self._answer(client, request, wanted)
+        send = _Send(client, request, sent, context)
+        return self._answer(send, wanted)
 
-    async def _answer(
-        self, client: Client, request: PreprocessedRequest, wanted: RouteRequest
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def _answer(self, send: "_Send", wanted: RouteRequest) -> AsyncGenerator[dict[str, Any], None]:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
-                async with aclosing(self._attempt(client, request, wanted)) as items:
+                async with aclosing(self._attempt(send, wanted)) as items:
                     async for item in items:
                         yield item
             except CannotConnect:
@@ -295,15 +307,11 @@ class KvRouter:
             else:
                 return
 
-    async def _attempt(
-        self, client: Client, request: PreprocessedRequest, wanted: RouteRequest
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    async def _attempt(self, send: "_Send", wanted: RouteRequest) -> AsyncGenerator[dict[str, Any], None]:
         ticket, decision = await self._route(msgspec.structs.replace(wanted))
         meter = _Meter(ticket, self.router.block_size)
         try:
-            routing = msgspec.structs.replace(request.routing or Routing(), dp_rank=decision.worker.dp_rank)
-            sent = msgspec.structs.replace(request, routing=routing)
-            stream = await client.direct(sent, decision.worker.worker_id, annotated=False)
+            stream = await send.to(decision.worker)
             async with aclosing(stream):
                 async for item in stream:
                     meter.note(item)
@@ -365,6 +373,25 @@ class KvRouter:
         )
         _constrain(request, constraints)
         return request
+
+
+class _Send(NamedTuple):
+    """One request on its way to whatever worker is chosen. `mapping` is what its caller sent, if it was no struct."""
+
+    client: Client
+    request: PreprocessedRequest
+    mapping: dict[str, Any] | None
+    context: Context | None
+
+    async def to(self, worker: WorkerKey) -> ResponseIterator:
+        """Raises CannotConnect if the worker is not there."""
+        body: object
+        if self.mapping is None:
+            routing = msgspec.structs.replace(self.request.routing or Routing(), dp_rank=worker.dp_rank)
+            body = msgspec.structs.replace(self.request, routing=routing)
+        else:
+            body = {**self.mapping, "routing": {**(self.mapping.get("routing") or {}), "dp_rank": worker.dp_rank}}
+        return await self.client.direct(body, worker.worker_id, annotated=False, context=self.context)
 
 
 class _Meter:
