@@ -53,7 +53,7 @@ def chat(**fields: Any) -> bytes:
     ],
 )
 def test_the_constraint_of_a_request(fields: dict[str, Any], expected: GuidedDecoding | None) -> None:
-    assert decode_chat(chat(**fields)).guided() == expected
+    assert decode_chat(chat(**fields)).guided == expected
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_required_lets_the_model_choose_among_tools() -> None:
         tool("f", {"type": "object", "properties": {"p": {"$ref": "#/$defs/P"}}, "$defs": {"P": {"type": "string"}}})
     ]
     request = decode_chat(chat(tools=[*tools, tool("g")], tool_choice="required", parallel_tool_calls=False))
-    guided = request.guided()
+    guided = request.guided
     assert guided is not None
     assert guided.json["type"] == "array"
     assert guided.json["maxItems"] == 1

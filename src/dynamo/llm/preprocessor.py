@@ -283,7 +283,7 @@ class Preprocessor:
             seed=request.seed,
             include_stop_str_in_output=request.include_stop_str_in_output or None,
             logit_bias=request.logit_bias or None,
-            guided_decoding=request.guided(),
+            guided_decoding=request.guided,
         )
 
     def _output_options(

@@ -6,8 +6,6 @@ Messages stay dicts, as the caller wrote them: a chat template reads whatever ke
 from typing import Any
 
 from dynamo.llm.protocols.common import MAX_TOP_LOGPROBS, CommonRequest
-from dynamo.llm.protocols.engine import GuidedDecoding
-from dynamo.llm.protocols.guided import guided_decoding
 from dynamo.llm.protocols.tools import ForcedTools, check_tools, forced_tools
 from dynamo.llm.protocols.validation import check_text, check_whole, fail, kind, show
 
@@ -69,19 +67,11 @@ class ChatCompletionRequest(CommonRequest, kw_only=True):
         """The tool call that must happen, if one must. Raises InvalidArgument."""
         return forced_tools(self.tools, self.tool_choice, self.parallel_tool_calls)
 
-    def guided(self) -> GuidedDecoding | None:
-        """As for every request, and a forced tool call is a constraint like the others."""
+    @property
+    def forced_schema(self) -> dict[str, Any] | None:
+        """A forced tool call is a constraint like the others."""
         forced = None if self.tool_choice is None else self.forced_tools()
-        return guided_decoding(
-            response_format=self.response_format,
-            json=self.guided_json,
-            regex=self.guided_regex,
-            choice=self.guided_choice,
-            grammar=self.guided_grammar,
-            backend=self.guided_decoding_backend,
-            whitespace_pattern=self.guided_whitespace_pattern,
-            tool_schema=None if forced is None else forced.schema,
-        )
+        return None if forced is None else forced.schema
 
     def check(self) -> None:
         """Refuse what is malformed, out of range or not possible. Raises InvalidArgument."""

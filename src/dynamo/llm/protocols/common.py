@@ -5,6 +5,7 @@ four things: honoured; known to be harmless and accepted (`user`, `metadata`, ..
 refused with a reason (`REFUSED`); unknown, and refused. None is ignored in silence.
 """
 
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -142,7 +143,7 @@ class RequestDefaults(msgspec.Struct, frozen=True):
     max_completion_tokens: int | None = None
 
 
-class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, dict=True):
     """Fields of both kinds of request. None is "not said" everywhere; engines then use their own defaults."""
 
     model: str = ""
@@ -247,10 +248,26 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if self.nvext is not None:
             self.nvext.check()
             self._merge_nvext(self.nvext)
-        self.guided()
+        _ = self.guided
 
+    @property
+    def forced_schema(self) -> dict[str, Any] | None:
+        """A schema that the output must have beside what these fields ask for."""
+        return None
+
+    @cached_property
     def guided(self) -> GuidedDecoding | None:
         """What constrains the output, if anything does [M11]. Raises InvalidArgument if two things do."""
+        schema = self.forced_schema
+        if (
+            schema is None
+            and self.response_format is None
+            and self.guided_json is None
+            and self.guided_regex is None
+            and self.guided_choice is None
+            and self.guided_grammar is None
+        ):
+            return None  # as nearly always
         return guided_decoding(
             response_format=self.response_format,
             json=self.guided_json,
@@ -259,6 +276,7 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             grammar=self.guided_grammar,
             backend=self.guided_decoding_backend,
             whitespace_pattern=self.guided_whitespace_pattern,
+            tool_schema=schema,
         )
 
     def _check_sampling(self) -> None:
