@@ -3,8 +3,9 @@
 Mooncake's conversation and synthetic traces, 4 and 8 simulated engines (16,384 blocks of 64 tokens, the default timing
 curves), three loads each, given as how many times faster than recorded requests come: from light to near the knee of
 the linear cost. Then past the knee of round robin, whose queue grows there for as long as the trace lasts, and past
-everybody's. Every number is over all requests of a trace. The peer's cost is `linear`; ratios are to it, in the same
-simulator, trace, load and cache. Equal seeds give equal results, on any machine.
+everybody's. Then a load that is easy to get wrong: all prompts begin with the same 90 %, so that whoever computed the
+first has the least to compute for all. Every number is over all requests of a trace. The peer's cost is `linear`;
+ratios are to it, in the same simulator, trace, load and cache. Equal seeds give equal results, on any machine.
 
 Results go to benchmarks/data/replay_policies.json as they come. --keep measures only what is missing there, so an
 interrupted run goes on; --plots DIR draws the pictures of docs/explanation/routing.md. All of it takes 25 minutes of
@@ -22,6 +23,7 @@ from typing import Any
 from dynamo.replay.compare import run_all
 from dynamo.replay.experiment import Experiment, Outcome
 from dynamo.replay.plots import Axis, Series, plot
+from dynamo.replay.traces import SyntheticWorkload
 from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,7 @@ LOADS = {4: (1.0, 2.0, 3.0), 8: (2.0, 4.0, 6.0)}
 CELLS = [(trace, n, load) for trace in ("conversation", "synthetic") for n, loads in LOADS.items() for load in loads]
 PAST_KNEE = [("conversation", 4, 3.4), ("synthetic", 4, 3.2)]
 PAST_ALL = [("synthetic", 4, 3.5)]
+ONE_PREFIX = [("one prefix", 8, 10.0), ("one prefix", 8, 25.0), ("one prefix", 8, 100.0)]  # requests a second
 DRAWN = (8, 4.0)  # workers and load of which the whole distribution is drawn
 PEER = "linear"
 QUEUED = f"{DEFAULT_POLICY} + queue"
@@ -65,10 +68,21 @@ def experiment(cell: Cell, policy: str) -> Experiment:
     """What to run."""
     trace, workers, load = cell
     queued = policy == QUEUED
+    shared = SyntheticWorkload(
+        input_tokens=6000,
+        output_tokens=200,
+        request_count=2000,
+        request_rate=load,
+        spread=0.5,
+        shared_prefix_ratio=0.9,
+        num_prefix_groups=1,
+        seed=1,
+    )
     return Experiment(
-        trace_files=[str(TRACES / f"{trace}_trace.jsonl")],
+        trace_files=[] if cell in ONE_PREFIX else [str(TRACES / f"{trace}_trace.jsonl")],
+        synthetic=shared if cell in ONE_PREFIX else None,
         num_workers=workers,
-        speedup=load,
+        speedup=1.0 if cell in ONE_PREFIX else load,
         policy=DEFAULT_POLICY if queued else policy,
         router=QUEUE if queued else KvRouterConfig(),
         seed=1,
@@ -198,6 +212,7 @@ def main() -> int:
         return 0
     results: Results = json.loads(RESULTS.read_text()) if args.keep and RESULTS.exists() else {}
     measure(results, CELLS, POLICIES, args.jobs)
+    measure(results, ONE_PREFIX, POLICIES, args.jobs)
     measure(results, (*PAST_KNEE, *PAST_ALL), PAST_POLICIES, args.jobs)
     measure(results, [cell for cell in CELLS if cell[1] == 4], (QUEUED,), args.jobs)
     print("Mean time to first token, ms")
@@ -208,6 +223,10 @@ def main() -> int:
     matrix(results, (*PAST_KNEE, *PAST_ALL), PAST_POLICIES, "p99", ".0f")
     print("Requests that wait, by fifths of the run")
     queues(results, (*PAST_KNEE, *PAST_ALL))
+    print("\nOne prefix of all, x requests a second: mean time to first token, ms")
+    matrix(results, ONE_PREFIX, POLICIES, "ttft", ".0f")
+    print("mean time per output token, ms")
+    matrix(results, ONE_PREFIX, POLICIES, "tpot", ".2f")
     print(f"\nRatios to {PEER}: mean over the loads, and the worst")
     summaries(results, CELLS, POLICIES)
     print(f"\nThe default, {DEFAULT_POLICY}, beside {PEER}")

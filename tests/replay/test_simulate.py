@@ -1,5 +1,7 @@
 """What the simulated fleet does with requests."""
 
+import tracemalloc
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
@@ -9,7 +11,8 @@ from dynamo.mocker.timing import StepTiming
 from dynamo.replay.routing import BASELINES, make_routing, routing_details, routing_names
 from dynamo.replay.simulate import Arrivals, Goal, Simulation
 from dynamo.replay.traces import SyntheticWorkload, TraceError
-from dynamo.router.config import KvRouterConfig
+from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
+from dynamo.router.scheduler import KvScheduler
 from tests.replay.workloads import asked, crowd, simulate
 
 CAPACITY = 16384 * 64
@@ -239,6 +242,64 @@ def test_a_run_can_be_ended_early():
     assert 0 < totals.completed < 200
 
 
+weathers = st.fixed_dictionaries(
+    {
+        "policy": st.sampled_from(routing_names()),
+        "concurrency": st.sampled_from([None, 1, 7]),
+        "event_lag_s": st.sampled_from([0.0, 0.5]),
+        "num_blocks": st.sampled_from([64, 16384]),
+        "max_num_seqs": st.sampled_from([2, 256]),
+        "config": st.sampled_from(
+            [
+                KvRouterConfig(),
+                KvRouterConfig(router_queue_threshold=0.5),
+                KvRouterConfig(router_queue_threshold=0.5, router_queue_policy="lcfs"),
+                KvRouterConfig(router_temperature=1.0, router_track_output_blocks=True),
+            ]
+        ),
+    }
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(weathers, loads, st.sampled_from([1, 3]))
+def test_every_request_ends_once_whatever_the_weather(weather, load, turns):
+    simulation, records = simulate(crowd(**load, turns_per_session=turns), workers=3, **weather)
+    totals = simulation.totals
+    assert totals.requests == load["count"] * turns
+    assert sorted(int(record.request_id) for record in records) == list(range(totals.requests))
+    assert totals.refused == 0
+    assert sum(totals.per_worker) == totals.completed == totals.requests
+    assert totals.output_tokens == sum(record.output_tokens for record in records)
+    for r in records:
+        assert r.arrived_s <= r.routed_s <= r.admitted_s < r.first_token_s <= r.last_token_s
+        assert 0 <= r.cached_tokens < r.input_tokens
+    left = routing_details(simulation.routing)
+    assert (left.get("open_bookings", 0), left.get("queued", 0)) == (0, 0)
+
+
+def test_one_prefix_of_all_prompts_does_not_draw_them_all_to_one_worker():
+    load = crowd(count=600, request_rate=10.0, input_tokens=6000, num_prefix_groups=1, shared_prefix_ratio=0.9)
+    blind, _ = simulate(load, workers=8, policy="least-loaded")
+    ours, _ = simulate(load, workers=8, policy=DEFAULT_POLICY)
+    assert max(ours.totals.per_worker) < 300
+    assert ours.totals.tpot_s.mean < 1.1 * blind.totals.tpot_s.mean
+    assert ours.totals.ttft_s.mean < 1.2 * blind.totals.ttft_s.mean
+
+
+def test_the_code_that_serves_makes_the_choices(monkeypatch):
+    asked_for = []
+    select = KvScheduler.select
+
+    def spied(scheduler, request, *args, **more):
+        asked_for.append(request.request_id)
+        return select(scheduler, request, *args, **more)
+
+    monkeypatch.setattr(KvScheduler, "select", spied)
+    _, records = simulate(crowd(), workers=4, policy=DEFAULT_POLICY)
+    assert asked_for == sorted((r.request_id for r in records), key=int)
+
+
 def test_goals_count_requests_that_meet_all_of_them():
     goal = Goal(ttft_ms=100, e2e_ms=500)
     assert goal.met(0.1, None, 0.4)
@@ -255,7 +316,27 @@ def test_impossible_arrivals_are_refused(wrong):
         Arrivals([], **wrong)
 
 
-def test_memory_grows_with_live_requests_only():
+def peak_bytes(requests: int) -> int:
+    """What a run of so many requests takes at most, of which a few are live at a time."""
+    limits = SchedulerConfig(num_blocks=64)
+    workload = SyntheticWorkload(
+        input_tokens=300, output_tokens=20, request_count=requests, request_rate=20.0, num_prefix_groups=4
+    )
+    tracemalloc.start()
+    routing = make_routing(DEFAULT_POLICY, 2, limits)
+    Simulation(Arrivals(workload.requests()), 2, limits, routing).run()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_finished_request_leaves_only_a_count():
+    peak_bytes(100)  # what is imported or cached once
+    # What is left grows to a bound: samples of the fleet, and buckets of latencies. A kept record takes 400 bytes.
+    assert peak_bytes(2500) - peak_bytes(500) < 150 * 2000
+
+
+def test_the_index_and_the_clock_hold_what_is_cached_and_live():
     simulation, _ = simulate(crowd(count=600, num_prefix_groups=0), workers=2, policy="linear", num_blocks=256)
     routing = simulation.routing
     assert len(routing.index) <= 2 * 256

@@ -6,7 +6,7 @@ import pytest
 
 from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
 from dynamo.router.policies import make_policy
-from dynamo.router.policies.marginal import HELD, NEW, OVER, MarginalCost
+from dynamo.router.policies.marginal import CROWD, FAIR, HELD, NEW, OVER, MarginalCost
 from dynamo.router.types import Prefilled, View, WorkerKey
 from tests.router.test_policies import BLOCK, costs, view
 
@@ -16,15 +16,15 @@ def test_the_default_policy_is_one_that_there_is():
 
 
 def test_uncached_tokens_count_twice_and_held_context_a_little():
-    assert costs("marginal", [(100, 2, 5, 4), (0, 0, 0, 0)]) == [
-        100 + NEW * 96 + HELD * BLOCK * 5,
-        NEW * 160,
+    assert costs("marginal", [(100, 0, 0, 4), (0, 1, 5, 0)]) == [
+        100 + NEW * 96,
+        NEW * 160 + HELD * BLOCK * 5,
     ]
 
 
 @pytest.mark.parametrize(("queued", "winner"), [(2 * 64 - 10, 0), (2 * 64 + 10, 1)])
 def test_a_cached_prefix_is_worth_a_queue_of_twice_what_it_saves(queued, winner):
-    found = costs("marginal", [(queued, 0, 0, 4), (0, 0, 0, 0)])
+    found = costs("marginal", [(queued, 0, 0, 4), (0, 1, 0, 0)])
     assert found.index(min(found)) == winner
 
 
@@ -48,6 +48,12 @@ def test_what_is_queued_shrinks_as_time_passes():
     assert found == [8000 + NEW * 160, pytest.approx(4000 + NEW * 160, rel=0.01), NEW * 160]
 
 
+def test_requests_above_a_fair_share_cost_a_prompt_each():
+    crowded, *others = costs("marginal", [(0, 9, 5, 9), (0, 1, 5, 0), (0, 1, 5, 0), (0, 1, 5, 0)])
+    assert crowded == pytest.approx(NEW * BLOCK + HELD * BLOCK * 5 + CROWD * 160 * (9 - FAIR * 3))
+    assert others == [pytest.approx(NEW * 160 + HELD * BLOCK * 5)] * 3
+
+
 def test_a_slow_worker_costs_more():
     rnd = random.Random(1)
     policy = MarginalCost(KvRouterConfig())
@@ -65,5 +71,6 @@ def test_the_terms_add_up_to_the_cost():
     for position, cost in enumerate(policy.costs(situation)):
         terms = policy.terms(situation, position)
         total = terms["queued_tokens"] + NEW * terms["new_tokens"] + HELD * terms["held_tokens"]
-        assert cost == pytest.approx(total + OVER * terms["tokens_without_room"], abs=1)
+        total += OVER * terms["tokens_without_room"] + CROWD * 160 * terms["requests_above_fair"]
+        assert cost == pytest.approx(total, abs=1)
         assert terms["predicted_ttft_s"] > 0
