@@ -291,3 +291,19 @@ async def test_a_restarted_engine_clears_the_view_and_is_heard_from_its_beginnin
     await publisher.publish(4, lost=True)
     await publisher.publish(5)
     assert await heard.next(6) == [1, 2, 3, None, 4, 5]
+
+
+async def test_what_was_before_a_late_view_is_no_loss_and_what_comes_later_is(publisher: Publisher) -> None:
+    publisher.kept.clear()
+    await publisher.publish(1, lost=True)
+    publisher.kept.clear()
+    heard = Heard()
+    relay = KvEventRelay(publisher.endpoint, None, TOPIC, heard, catch_up=True)
+    try:
+        await publisher.subscribed()
+        await publisher.publish(2)
+        await publisher.publish(3, lost=True)
+        await publisher.publish(4)
+        assert await heard.next(3) == [2, None, 4]
+    finally:
+        await relay.close()

@@ -141,7 +141,8 @@ class KvEventRelay:
     """Reads one rank's events and hands them on in order, asking for what was missed.
 
     Subscribe before the engine starts, or the first batches may pass unseen (they are asked for again with the next
-    one; `catch_up` asks for them at once, for an engine that is running already).
+    one). `catch_up` is for an engine that is running already: it asks at once, and what it cannot get of the time
+    before is no loss that would make it begin anew.
     """
 
     def __init__(
@@ -174,6 +175,8 @@ class KvEventRelay:
         self._replay_endpoint = replay_endpoint
         self._next = 0
         self._last_heard = -1
+        self._began = not catch_up
+        """Whether what is missing before the next batch is missing from the view."""
         self._complained = False
         self._task = asyncio.create_task(self._run(catch_up), name="engine kv events")
 
@@ -199,6 +202,7 @@ class KvEventRelay:
             self._last_heard = seq
             if seq > self._next:
                 await self._recover(seq)
+            self._began = True
             if seq < self._next:
                 continue  # the replay brought it already
             self._next = seq + 1
@@ -206,6 +210,7 @@ class KvEventRelay:
 
     def _begin_anew(self) -> None:
         log.warning("the engine's KV events count from the beginning again: it was restarted, so its cache is empty")
+        self._began = True
         self._decoder = KvEventDecoder(self._block_size)
         self._next = 0
         self._report([("device", KvEventData(cleared=True))])
@@ -258,7 +263,9 @@ class KvEventRelay:
                     self._hand_on(payload)
         except TimeoutError:
             log.warning("the engine did not replay %s within %.0f s", missed, REPLAY_TIMEOUT_S)
-        if self._next < until:
+        if self._next == 0 and not self._began:
+            log.info("%s were before this view began, and are not known to it", missed)
+        elif self._next < until:
             # What was stored or dropped in the gap is unknown. An empty index costs hits, a wrong one costs more.
             log.warning("%s are lost; the routers' view of this worker's cache starts anew", missed)
             self._report([("device", KvEventData(cleared=True))])

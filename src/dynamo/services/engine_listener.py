@@ -58,7 +58,7 @@ class EngineListener:
             "",
             self._hear,
             block_size=block_size,
-            catch_up=replay_endpoint is not None,
+            catch_up=True,
             context=context,
         )
 
