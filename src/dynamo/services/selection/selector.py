@@ -28,6 +28,7 @@ from dynamo.services.selection.catalog import WorkerRecord
 
 log = logging.getLogger(__name__)
 
+EXPIRY = "DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS"
 SOFT_BATCHES = 4  # engine steps' worth of queued prompt tokens from which a soft session goes elsewhere
 
 
@@ -50,7 +51,9 @@ class Selector:
         asked = config.config or KvRouterConfig()
         profile = load_profile(asked)
         self.key = key
-        self.config = configure(asked, profile, asked.router_decode_policy)
+        config_with_file = configure(asked, profile, asked.router_decode_policy)
+        expiry_s = env_number(EXPIRY, config_with_file.active_request_expiry_secs)
+        self.config = config_with_file.with_overrides(active_request_expiry_secs=expiry_s)
         self.cache = CacheGroup(key, block_size, counts, context)
         self.guess: ApproximateIndex | None = None
         self.scheduler = KvScheduler(block_size, self.config, self._source())

@@ -11,6 +11,7 @@ from dynamo.router.config import KvRouterConfig
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.types import Decision, Overlap, RouteRequest, WorkerKey
 from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.options import env_number
 from dynamo.services.cache_group import GroupKey
 from dynamo.services.refusals import conflict, full, not_found
 from dynamo.services.replica_link import ReplicaLink
@@ -41,7 +42,8 @@ class SlotTracker:
 
     def __init__(self, host: str, replica_sync_port: int | None = None, replica_sync_peers: Iterable[str] = ()) -> None:
         self.link = ReplicaLink(host, replica_sync_port, replica_sync_peers)
-        self._config = KvRouterConfig(router_policy="linear")
+        expiry_s = env_number("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", 300.0)
+        self._config = KvRouterConfig(router_policy="linear", active_request_expiry_secs=expiry_s)
         self._groups: dict[GroupKey, _Tracked] = {}
         self._loop = asyncio.get_running_loop()
         self._ticking = self._loop.create_task(self._tick(), name="slots")
