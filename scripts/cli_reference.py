@@ -29,6 +29,10 @@ PROGRAMS = {
     "python -m dynamo.mocker": ["dynamo.mocker"],
     "python -m dynamo.echo": ["dynamo.echo"],
     "python -m dynamo.attach": ["dynamo.attach"],
+    "python -m dynamo.router": ["dynamo.router"],
+    "python -m dynamo.indexer": ["dynamo.indexer"],
+    "python -m dynamo.select_service": ["dynamo.select_service"],
+    "python -m dynamo.slot_tracker": ["dynamo.slot_tracker"],
 }
 HEAD = """\
 # Command lines
@@ -37,7 +41,8 @@ Written by `make docs` from the parsers; do not edit.
 
 An option's environment variable stands in brackets; the option wins over the variable, the variable over the default.
 An unknown option ends the program with status 2 and names the nearest known one. `dynamo frontend`, `dynamo vllm`,
-`dynamo mocker`, `dynamo echo` and `dynamo attach` are the same as their `python -m` forms.
+`dynamo mocker`, `dynamo echo`, `dynamo attach`, `dynamo router`, `dynamo indexer`, `dynamo select-service` and
+`dynamo slot-tracker` are the same as their `python -m` forms.
 """
 
 

@@ -18,8 +18,23 @@ usage: dynamo COMMAND ...
   echo         workers that answer with the prompt   (python -m dynamo.echo)
   attach       a running vLLM or SGLang server as a worker  (python -m dynamo.attach URL)
 
+  router          routes for callers on the request plane    (python -m dynamo.router)
+  indexer         who holds what of a prompt, over HTTP      (python -m dynamo.indexer)
+  select-service  which worker should get it, over HTTP      (python -m dynamo.select_service)
+  slot-tracker    how busy each worker is, over HTTP         (python -m dynamo.slot_tracker)
+
 `dynamo COMMAND --help` lists a command's options, `dynamo --version` tells the version."""
-PROGRAMS = ("frontend", "vllm", "mocker", "echo", "attach")
+PROGRAMS = (
+    "frontend",
+    "vllm",
+    "mocker",
+    "echo",
+    "attach",
+    "router",
+    "indexer",
+    "select-service",
+    "slot-tracker",
+)
 
 
 def main() -> int:
@@ -27,7 +42,7 @@ def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help", "help"):
         print(HELP)
         return 0 if len(sys.argv) > 1 else 2
-    word, rest = sys.argv[1], sys.argv[2:]
+    word, rest = sys.argv[1].replace("_", "-"), sys.argv[2:]
     if word in ("--version", "-V", "version"):
         from dynamo import __version__
 
@@ -35,7 +50,7 @@ def main() -> int:
         return 0
     if word in PROGRAMS:
         sys.argv = [f"dynamo {word}", *rest]
-        runpy.run_module(f"dynamo.{word}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"dynamo.{word.replace('-', '_')}", run_name="__main__", alter_sys=True)
         return 0
     if word == "run":
         from dynamo.cli.run import main as run
