@@ -163,6 +163,8 @@ class KvEventRelay:
         """
         self.problem = ""
         """Why what the engine says is of no use, if it is not."""
+        self.first_heard: int | None = None
+        """The number of the first batch that came; with 0, nothing can have been before."""
         self._block_size = block_size
         self._decoder = KvEventDecoder(block_size)
         self._report = report
@@ -197,6 +199,8 @@ class KvEventRelay:
                 log.warning("ignoring a message of %d frames on the engine's KV event socket", len(frames))
                 continue
             seq = int.from_bytes(frames[1], "big")
+            if self.first_heard is None:
+                self.first_heard = seq
             if seq <= self._last_heard:  # a publisher counts up; only another one begins anew
                 self._begin_anew()
             self._last_heard = seq

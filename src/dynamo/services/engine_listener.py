@@ -72,7 +72,7 @@ class EngineListener:
     @property
     def reason(self) -> str:
         """Why less is known than could be; empty if not."""
-        return self._relay.problem or self.note
+        return self._relay.problem or (self.note if self._relay.first_heard != 0 else "")
 
     def hold(self) -> None:
         """Hand nothing on until `release`."""
