@@ -12,7 +12,7 @@ from dynamo.router.active_load import ActiveLoad, Foreign
 from dynamo.router.types import WorkerKey, WorkerLimits
 
 KEYS = [WorkerKey(1), WorkerKey(1, 1), WorkerKey(2), WorkerKey(3)]
-COLUMNS = ("prefill_tokens", "prefill_requests", "decode_blocks", "requests", "oldest_prefill")
+COLUMNS = ("prefill_tokens", "prefill_requests", "decode_blocks", "context_blocks", "requests", "oldest_prefill")
 
 
 class NaiveLoad:
@@ -29,6 +29,7 @@ class NaiveLoad:
             "prefill_tokens": sum(booking["tokens"] for booking in waiting),
             "prefill_requests": len(waiting),
             "decode_blocks": len(held) + sum(booking["private"] for booking in here),
+            "context_blocks": sum(len(booking["path"]) + booking["private"] for booking in here),
             "requests": len(here),
             "oldest_prefill": waiting[0]["tokens"] if waiting else 0,
         }

@@ -2,12 +2,15 @@
 
 import random
 
+import msgspec
 import pytest
 
+from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router.active_load import ActiveLoad
 from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
 from dynamo.router.policies import make_policy
 from dynamo.router.policies.marginal import CROWD, FAIR, HELD, NEW, OVER, MarginalCost
-from dynamo.router.types import Prefilled, View, WorkerKey
+from dynamo.router.types import Prefilled, View, WorkerKey, WorkerLimits
 from tests.router.test_policies import BLOCK, costs, view
 
 
@@ -16,9 +19,9 @@ def test_the_default_policy_is_one_that_there_is():
 
 
 def test_uncached_tokens_count_twice_and_held_context_a_little():
-    assert costs("marginal", [(100, 0, 0, 4), (0, 1, 5, 0)]) == [
-        100 + NEW * 96,
-        NEW * 160 + HELD * BLOCK * 5,
+    assert costs("marginal", [(100, 1, 5, 4), (0, 1, 4, 0)]) == [
+        100 + NEW * 96 + HELD * BLOCK * 5,
+        NEW * 160 + HELD * BLOCK * 4,
     ]
 
 
@@ -48,10 +51,19 @@ def test_what_is_queued_shrinks_as_time_passes():
     assert found == [8000 + NEW * 160, pytest.approx(4000 + NEW * 160, rel=0.01), NEW * 160]
 
 
-def test_requests_above_a_fair_share_cost_a_prompt_each():
-    crowded, *others = costs("marginal", [(0, 9, 5, 9), (0, 1, 5, 0), (0, 1, 5, 0), (0, 1, 5, 0)])
-    assert crowded == pytest.approx(NEW * BLOCK + HELD * BLOCK * 5 + CROWD * 160 * (9 - FAIR * 3))
-    assert others == [pytest.approx(NEW * 160 + HELD * BLOCK * 5)] * 3
+def test_context_that_requests_share_counts_for_each_that_reads_it():
+    """The worker that holds the prefix of all takes no more than its share and a little."""
+    load = ActiveLoad()
+    for i in range(4):
+        load.add_worker(WorkerKey(i), WorkerLimits(10_000, 8192, 64))
+    for i in range(9):
+        load.book(f"{i}", WorkerKey(0), sequence_hashes(range(100)), 0, 0.0)
+        load.prefill_done(f"{i}")
+    assert (load.decode_blocks[0], load.context_blocks[0]) == (100, 900)
+    situation = msgspec.structs.replace(view([(0, 0, 0, 0)] * 4), fleet=load)
+    crowded, *others = MarginalCost(KvRouterConfig()).costs(situation)
+    assert crowded == pytest.approx(NEW * 160 + HELD * BLOCK * 100 + CROWD * BLOCK * (900 - FAIR * 900 / 4))
+    assert others == [NEW * 160] * 3
 
 
 def test_a_slow_worker_costs_more():
@@ -71,6 +83,6 @@ def test_the_terms_add_up_to_the_cost():
     for position, cost in enumerate(policy.costs(situation)):
         terms = policy.terms(situation, position)
         total = terms["queued_tokens"] + NEW * terms["new_tokens"] + HELD * terms["held_tokens"]
-        total += OVER * terms["tokens_without_room"] + CROWD * 160 * terms["requests_above_fair"]
+        total += OVER * terms["tokens_without_room"] + CROWD * terms["crowded_tokens"]
         assert cost == pytest.approx(total, abs=1)
         assert terms["predicted_ttft_s"] > 0

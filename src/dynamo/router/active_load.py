@@ -45,6 +45,8 @@ class Booking(msgspec.Struct):
     """Blocks the output is expected to fill; 0 if unknown."""
     counted_blocks: int = 0
     """Of the private blocks, how many are counted: fewer as the expected end comes near [K30]."""
+    prompt_blocks: int = 0
+    """Of its prompt, the blocks that others can share."""
 
 
 class ActiveLoad:
@@ -56,6 +58,7 @@ class ActiveLoad:
         self.prefill_tokens: list[int] = []
         self.prefill_requests: list[int] = []
         self.decode_blocks: list[int] = []
+        self.context_blocks: list[int] = []
         self.requests: list[int] = []
         self.oldest_prefill: list[int] = []
         self.progress_at: list[float] = []
@@ -76,6 +79,7 @@ class ActiveLoad:
             self.prefill_tokens,
             self.prefill_requests,
             self.decode_blocks,
+            self.context_blocks,
             self.requests,
             self.oldest_prefill,
             self.progress_at,
@@ -96,7 +100,7 @@ class ActiveLoad:
             return
         self.version += 1
         self.position[worker] = len(self.workers)
-        row: tuple[Any, ...] = (worker, limits or WorkerLimits(), 0, 0, 0, 0, 0, 0.0, {}, {}, NO_FOREIGN)
+        row: tuple[Any, ...] = (worker, limits or WorkerLimits(), 0, 0, 0, 0, 0, 0, 0.0, {}, {}, NO_FOREIGN)
         for column, value in zip(self._columns(), row, strict=True):
             column.append(value)
 
@@ -135,6 +139,7 @@ class ActiveLoad:
         self._foreign[position] = foreign
         self.prefill_tokens[position] += foreign.prefill_tokens - before.prefill_tokens
         self.decode_blocks[position] += foreign.decode_blocks - before.decode_blocks
+        self.context_blocks[position] += foreign.decode_blocks - before.decode_blocks
         self.requests[position] += foreign.requests - before.requests
 
     def foreign(self, worker: WorkerKey) -> Foreign:
@@ -188,6 +193,7 @@ class ActiveLoad:
             private_blocks=private_blocks,
             expected_blocks=expected_blocks,
             counted_blocks=private_blocks,
+            prompt_blocks=len(sequence_hashes),
         )
         self.bookings[request_id] = self._at[position][request_id] = booking
         if not self._prefilling[position]:
@@ -195,6 +201,7 @@ class ActiveLoad:
             self.progress_at[position] = now
         self._prefilling[position][request_id] = booking
         self.decode_blocks[position] += fresh + private_blocks
+        self.context_blocks[position] += len(sequence_hashes) + private_blocks
         self.prefill_tokens[position] += new_tokens
         self.prefill_requests[position] += 1
         self.requests[position] += 1
@@ -236,6 +243,7 @@ class ActiveLoad:
         position = self.position[booking.worker]
         self.touched.add(position)
         self.decode_blocks[position] += counted - booking.counted_blocks
+        self.context_blocks[position] += counted - booking.counted_blocks
         booking.counted_blocks = counted
 
     def free(self, request_id: str) -> Booking | None:
@@ -250,6 +258,7 @@ class ActiveLoad:
             self._end_prefill(booking, position)
         gone = self._paths.drop(booking.end, position)
         self.decode_blocks[position] -= gone + booking.counted_blocks
+        self.context_blocks[position] -= booking.prompt_blocks + booking.counted_blocks
         self.requests[position] -= 1
         return booking
 

@@ -126,6 +126,8 @@ class Fleet(Protocol):
     """Requests that have made no token yet."""
     decode_blocks: list[int]
     """Distinct KV blocks that active requests hold."""
+    context_blocks: list[int]
+    """The same with shared blocks counted for each request: what an engine reads for a token of each."""
     requests: list[int]
     """Active requests."""
     oldest_prefill: list[int]

@@ -2,15 +2,15 @@
 
     cost = (tokens to compute before this prompt's turn + 2 * tokens to compute for it
             + tokens of context held, by 0.02 where there is room for them and by 1.5 where there is not
-            + this prompt's tokens for each active request above 1.25 times the mean of all workers)
+            + 2 * tokens of context that its requests read beyond 1.35 times what those of a worker read on average)
          * how many times longer than others the worker takes
 
 A prompt's uncached tokens count twice: once for the request itself, once for whoever comes next and waits behind
 them. So a cached prefix is worth a queue of up to twice the tokens that it saves, and no more: a worker that all want
 loses by its own queue. Context held slows each token a little; context for which there is no room has to wait for
 others to end, which takes longer than to compute it. Requests that share their context hold it once, yet each reads
-all of it: what a prefix that everybody begins with does to the one worker that has it is only seen by counting
-requests. The learning is that of `predicted`.
+all of it: what a prefix that everybody begins with does to the few workers that have it is only seen in what is read.
+The learning is that of `predicted`.
 """
 
 import math
@@ -24,8 +24,8 @@ from dynamo.router.types import View
 NEW = 2.0  # 1.5 to 3 do about as well; 1 reuses less
 HELD = 0.02  # 0.005 to 0.05; 0 lets outputs slow down, 1 (the linear cost) lets prompts wait
 OVER = 1.5  # above all that a worker has room for
-FAIR = 1.25  # times the mean of active requests; 1 spreads prompts too far, 1.5 slows outputs down
-CROWD = 1.0  # of the prompt's tokens, for each request above that; below 0.5 one prefix of all draws all to one worker
+FAIR = 1.35  # times the mean; at 1.25 it moves prompts where all are full, at 1.5 outputs slow down by a quarter
+CROWD = 2.0  # 0.5 leaves a prefix of all at three of eight workers, 4 does no better
 
 
 class MarginalCost(PredictedLatency):
@@ -47,11 +47,11 @@ class MarginalCost(PredictedLatency):
         self._refresh(view)
         passed = view.now * backlog.rate
         new_tokens = view.overlap_column(lambda held: NEW * view.new_tokens_after(held), NEW * view.request.token_count)
-        fair, crowd = self._fair(view), CROWD * view.request.token_count
-        columns = zip(self._behind, self._ahead, new_tokens, fleet.requests, strict=True)
+        fair, crowd = self._fair(view), CROWD * view.block_size
+        columns = zip(self._behind, self._ahead, new_tokens, fleet.context_blocks, strict=True)
         costs = [
-            (behind if behind > (left := ahead - passed) else left) + new + (crowd * (n - fair) if n > fair else 0.0)
-            for behind, ahead, new, n in columns
+            (behind if behind > (left := ahead - passed) else left) + new + (crowd * (c - fair) if c > fair else 0.0)
+            for behind, ahead, new, c in columns
         ]
         self._add_overflow(view, costs)
         paces = self.paces(fleet)
@@ -61,8 +61,8 @@ class MarginalCost(PredictedLatency):
 
     @staticmethod
     def _fair(view: View) -> float:
-        """How many active requests a worker may have before more of them cost."""
-        return FAIR * sum(view.fleet.requests) / len(view.fleet.requests)
+        """How many blocks a worker's requests may read before more of them cost."""
+        return FAIR * sum(view.fleet.context_blocks) / len(view.fleet.context_blocks)
 
     def _refresh(self, view: View) -> None:
         """Bring the lines up to date, where something happened."""
@@ -105,7 +105,7 @@ class MarginalCost(PredictedLatency):
             "new_tokens": new,
             "held_tokens": fleet.decode_blocks[position] * view.block_size,
             "tokens_without_room": over * view.block_size,
-            "requests_above_fair": max(0.0, fleet.requests[position] - self._fair(view)),
+            "crowded_tokens": max(0.0, fleet.context_blocks[position] - self._fair(view)) * view.block_size,
             "pace": self.pace(worker),
             "predicted_ttft_s": self.first_token.at(queued + new) * pace,
         }
