@@ -189,9 +189,11 @@ _BY_NAME: dict[str, type[DynamoException]] = {
 
 
 def to_wire(error: BaseException) -> WireError:
-    """Describe any exception for the other side; a foreign type becomes `Unknown` with its name in the message."""
+    """Describe any exception for the other side: a room's own type as the nearest that all rooms know, a foreign type
+    as `Unknown` with its name in the message."""
     if isinstance(error, DynamoException):
-        return WireError(type(error).__name__, error.message, error.details())
+        known = next((cls for cls in type(error).__mro__ if _BY_NAME.get(cls.__name__) is cls), type(error))
+        return WireError(known.__name__, error.message, error.details())
     return WireError(Unknown.__name__, f"{type(error).__name__}: {error}")
 
 
