@@ -212,8 +212,18 @@ def test_what_is_lost_for_good_is_not_guessed(indexer, engine):
     each.say(stored([51], [5, 5, 5, 5]))
     eventually(lambda: held(indexer, [5, 5, 5, 5], model="lost") == 4)
     assert held(indexer, PROMPT, model="lost") == 0
-    (line,) = [line for line in indexer.get("/workers") if line["model_name"] == "lost"]
-    assert "only what came since" in line["listeners"]["0"]["reason"]
+
+
+def test_what_a_worker_stored_before_is_said_to_be_unknown(indexer, engine):
+    for name, said_before in (("old", True), ("new", False)):
+        each = engine(replay=False)
+        if said_before:
+            each.say(stored([11, 12], PROMPT[:8]))
+        indexer.post("/register", each.registration(1, model_name=name))
+        if said_before:
+            connected(indexer, each, model=name)
+        (line,) = [line for line in indexer.get("/workers") if line["model_name"] == name]
+        assert "only what came since" in line["listeners"]["0"]["reason"]
 
 
 # --- refusals
