@@ -255,3 +255,22 @@ async def test_what_a_request_cost_is_in_the_metrics(served: Served) -> None:
     known = text.split('tokenizer_cache_cached_tokens_total{model="tiny"} ')[1].split("\n")[0]
     new = text.split('tokenizer_cache_uncached_tokens_total{model="tiny"} ')[1].split("\n")[0]
     assert float(known) + float(new) > 0
+
+
+async def test_what_text_costs_is_in_the_metrics(served: Served) -> None:
+    service, worker = served
+    worker.auto = "one two three"
+    for _ in range(3):
+        assert (await ask(service.port, CHAT, chat("Hello"))).status == 200
+    text = (await fetch(service.port, "/metrics")).body.decode()
+    for line in (
+        "dynamo_frontend_template_seconds_count 3.0",
+        "dynamo_frontend_tokenize_seconds_count 3.0",
+        'dynamo_frontend_tokenizer_latency_ms_count{operation="tokenize"} 3.0',
+        'dynamo_frontend_images_per_request_count{model="tiny"} 3.0',
+    ):
+        assert line in text
+    value = {line.rpartition(" ")[0]: float(line.rpartition(" ")[2]) for line in text.splitlines() if line[0] != "#"}
+    made = value["dynamo_frontend_detokenize_token_count"]
+    assert made == value['dynamo_frontend_output_tokens_total{model="tiny"}'] > 0
+    assert value["dynamo_frontend_detokenize_total_us"] > 0

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import msgspec
 
 from dynamo.frontend.answer import Answer
+from dynamo.frontend.metrics import Push
 from dynamo.frontend.route import OutputBlocks, Route, wanted_of
 from dynamo.llm.output import ChoiceDecoder
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
@@ -49,9 +50,9 @@ class _Choice:
 
     __slots__ = ("decoder", "last_at", "number", "push")
 
-    def __init__(self, decoder: ChoiceDecoder, number: int) -> None:
+    def __init__(self, decoder: ChoiceDecoder, number: int, push: Push) -> None:
         self.decoder = decoder
-        self.push = decoder.push
+        self.push = push
         self.number = number
         self.last_at = 0.0
 
@@ -90,7 +91,8 @@ class EngineStream:
         self._answer = answer
         self._workers = workers
         self._request = request
-        self._choices = [_Choice(decoder, first_number + i) for i, decoder in enumerate(decoders)]
+        timed = answer.metrics.text.maybe_timed
+        self._choices = [_Choice(each, first_number + i, timed(each.push)) for i, each in enumerate(decoders)]
         self._unfinished = len(decoders)
         self._attempts = 0
         self.context = context

@@ -4,16 +4,27 @@ Names, labels and buckets are those of ai-dynamo 1.6.1 (`dynamo_frontend_*`). `d
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
+from math import inf
 from time import perf_counter
 
+from dynamo.llm.output import TextDelta
+from dynamo.llm.preprocessor import PreparationTimes
+from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.buckets import buckets_from_env
 from dynamo.runtime.instruments import Counter, Family, Gauge, Histogram
 from dynamo.runtime.metrics import Metrics
+
+Push = Callable[[EngineOutput], TextDelta]
 
 UNKNOWN_MODEL = "unknown_model"  # label of requests for models that nobody serves: clients must not create series
 
 STAGE_SECONDS = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0)
 PREPROCESS_SECONDS = (0.00001, 0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5)
+PREPARE_SECONDS = (0.00002, 0.00005, 0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5)
+TOKENIZER_MS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 100.0)
+IMAGES = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0)
+DETOKENIZE_TIMED = 64  # one answer of so many is timed: a look at the clock for each token would cost a tenth of it
 MODEL_FACTS = {
     "total_kv_blocks": "KV cache blocks of a worker that serves the model",
     "max_num_seqs": "Sequences that such a worker runs at once",
@@ -55,6 +66,7 @@ class FrontendMetrics:
         self.cache_misses = self._counter("tokenizer_cache_misses_total", "Prompts that did not").labels()
         self.cache_known = self._counter("tokenizer_cache_cached_tokens_total", "Prompt tokens looked up", *model)
         self.cache_new = self._counter("tokenizer_cache_uncached_tokens_total", "Prompt tokens computed", *model)
+        self.images = self._fixed("images_per_request", "Images of a prompt", IMAGES, *model)
         self.model_ready = self._gauge("model_ready", "Whether a request for the model can be routed", *model)
         self.model_facts = {name: self._gauge(f"model_{name}", text, *model) for name, text in MODEL_FACTS.items()}
         worker = ("worker_id", "dp_rank", "worker_type")
@@ -65,6 +77,8 @@ class FrontendMetrics:
         self.preprocessing = stages.labels("preprocess", "")
         self.dispatched = stages.labels("dispatch", "aggregated")
         stage = self._fixed("stage_duration_seconds", "Duration of a stage of the pipeline", STAGE_SECONDS, "stage")
+        text = TextTimes(registry, prefix)
+        self.text = text
         self.preprocess_seconds, self.route_seconds = stage.labels("preprocess"), stage.labels("route")
         self.roundtrip_seconds = stage.labels("transport_roundtrip")
 
@@ -124,9 +138,71 @@ class FrontendMetrics:
         for family in self.model_facts.values():
             family.drop((("model", name),))
 
+    def update(self) -> None:
+        """Bring up to date what is counted elsewhere. Called before each scrape."""
+        tokens: float = 0
+        for name, series in self._models.items():
+            tokens += series.output_tokens.value
+            images = self.images.labels(name)  # requests with images are refused in this version, so each has none
+            images.counts[0] = series.input_tokens.count
+        self.text.update(tokens)
+
     def render(self) -> bytes:
         """Everything that this process counts, as Prometheus text."""
         return self._registry.render()
+
+
+class TextTimes:
+    """What turning text into tokens and back costs (facts row O17), of all models."""
+
+    def __init__(self, registry: Metrics, prefix: str) -> None:
+        def histogram(name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Family[Histogram]:
+            return registry.histogram(name, text, labels, bounds=bounds, prefix=prefix, base=())
+
+        self.times = PreparationTimes(
+            histogram("template_seconds", "Rendering a chat template", PREPARE_SECONDS).labels(),
+            histogram("tokenize_seconds", "Making tokens of a prompt", PREPARE_SECONDS).labels(),
+        )
+        latency = histogram("tokenizer_latency_ms", "The tokenizer's work", TOKENIZER_MS, "operation")
+        self._tokenize_ms, self._detokenize_ms = latency.labels("tokenize"), latency.labels("detokenize")
+        self._total_us = registry.counter(
+            "detokenize_total_us", "Making text of all tokens, from one answer of 64", prefix=prefix, base=()
+        ).labels()
+        self._token_count = registry.counter(
+            "detokenize_token_count", "Tokens that text was made of", prefix=prefix, base=()
+        ).labels()
+        self._until_timed = 1
+        self._timed_s = 0.0
+        self._timed_tokens = 0
+
+    def maybe_timed(self, push: Push) -> Push:
+        """The decoder's `push`, or for one answer of many one that looks at the clock."""
+        self._until_timed -= 1
+        if self._until_timed:
+            return push
+        self._until_timed = DETOKENIZE_TIMED
+
+        def timed(output: EngineOutput) -> TextDelta:
+            start = perf_counter()
+            delta = push(output)
+            elapsed_s = perf_counter() - start
+            self._timed_s += elapsed_s
+            self._timed_tokens += delta.token_count
+            self._detokenize_ms.observe(elapsed_s * 1e3)
+            return delta
+
+        return timed
+
+    def update(self, tokens: float) -> None:
+        """Bring up to date what follows from the rest; `tokens` were made so far."""
+        self._token_count.value = tokens
+        if self._timed_tokens:
+            self._total_us.value = max(self._total_us.value, tokens * self._timed_s / self._timed_tokens * 1e6)
+        seconds, ms = self.times.tokenize, self._tokenize_ms
+        ms.sum = seconds.sum * 1e3
+        ms.counts[:] = [0] * len(ms.counts)
+        for bound_s, count in zip((*seconds.bounds, inf), seconds.counts, strict=True):
+            ms.counts[bisect_left(ms.bounds, bound_s * 1e3)] += count
 
 
 class ModelSeries:

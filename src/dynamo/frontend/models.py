@@ -223,7 +223,9 @@ class ModelRegistry:
 
     def _add_set(self, key: SetKey, card: ModelDeploymentCard) -> WorkerSet:
         routing = msgspec.structs.replace(self._routing, **self.thresholds(card.display_name))
-        worker_set = WorkerSet(self._runtime, key, card, routing, self._min_workers, self._changed)
+        worker_set = WorkerSet(
+            self._runtime, key, card, routing, self._min_workers, self._changed, self._metrics.text.times
+        )
         self._sets[key] = worker_set
         log.info("model %r at %s", card.display_name, key.path)
         worker_set.start()

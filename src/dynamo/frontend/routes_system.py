@@ -56,8 +56,6 @@ class SystemRoutes:
 
     async def metrics(self, request: web.BaseRequest) -> Sent:
         """GET /metrics."""
-        for worker_set in self._models.sets():
-            worker_set.count_cache(self._metrics)
         return answer(request, 200, self._metrics.render(), CONTENT_TYPE)
 
     async def openapi(self, request: web.BaseRequest) -> Sent:

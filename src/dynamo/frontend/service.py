@@ -94,7 +94,14 @@ class FrontendService:
         self._following = loop.create_task(self.models.follow(), name="model cards")
         self._following.add_done_callback(_report_end)
         self._monitor.start()
-        self._runtime.metrics.on_scrape(self._series.update)
+        self._runtime.metrics.on_scrape(self._update_series)
+
+    def _update_series(self) -> None:
+        """Before each scrape, whichever port it comes to."""
+        self.metrics.update()
+        self._series.update()
+        for worker_set in self.models.sets():
+            worker_set.count_cache(self.metrics)
 
     @property
     def port(self) -> int:
@@ -128,7 +135,7 @@ class FrontendService:
             await self._http.shutdown(LAST_WORDS_S)
         self._watchdog.close()
         self._monitor.close()
-        self._runtime.metrics.off_scrape(self._series.update)
+        self._runtime.metrics.off_scrape(self._update_series)
         self.models.close()
         await self.models.closed()
         if self._following is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
 from dynamo.llm.model_files import fetch_files
-from dynamo.llm.preprocessor import Preprocessor
+from dynamo.llm.preprocessor import PreparationTimes, Preprocessor
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.protocols.passthrough import OPENAI_BYTES
 from dynamo.router.config import RouterConfig
@@ -74,6 +74,7 @@ class WorkerSet:
         routing: RouterConfig,
         min_workers: int,
         on_change: Callable[[], None],
+        times: PreparationTimes | None = None,
     ) -> None:
         self.key = key
         self.card = card
@@ -86,6 +87,7 @@ class WorkerSet:
         self.trouble = ""
         """Why the set cannot be used, if it was tried and failed."""
         self._runtime = runtime
+        self._times = times
         self._routing = routing
         self._mode = routing.mode
         self._min_workers = min_workers
@@ -153,7 +155,7 @@ class WorkerSet:
                     self.router = await self._start_router()
                 if not self.takes_text:
                     directory: Path = await fetch_files(self._runtime, self.card)
-                    self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory)
+                    self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory, self._times)
                 break
             except (DynamoException, OSError, ValueError) as e:
                 level = logging.ERROR if isinstance(e, InvalidArgument) else logging.WARNING

@@ -7,6 +7,7 @@ context length, and what its maker recommends where the request is silent.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 from dynamo.llm.chat_template import ChatTemplate
 from dynamo.llm.generation_defaults import read_generation_defaults
@@ -30,7 +31,9 @@ from dynamo.llm.protocols.tools import ForcedTools
 from dynamo.llm.protocols.validation import fail
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.llm.tokenizer_config import read_json_object
+from dynamo.runtime import buckets
 from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.instruments import Histogram
 from dynamo.runtime.options import env_number
 
 MAX_I32 = 2**31 - 1  # the largest token count engines take
@@ -80,6 +83,14 @@ def total_usage(parts: Sequence[Prepared]) -> CompletionUsage:
     )
 
 
+class PreparationTimes:
+    """How long the two parts of making a prompt take, in seconds."""
+
+    def __init__(self, template: Histogram | None = None, tokenize: Histogram | None = None) -> None:
+        self.template = template or Histogram(buckets.WORK_SECONDS)
+        self.tokenize = tokenize or Histogram(buckets.WORK_SECONDS)
+
+
 class Preprocessor:
     """Turns requests for one model into tokens. Loading reads files: call it off the event loop.
 
@@ -90,8 +101,9 @@ class Preprocessor:
         InvalidArgument: a file of the model is missing or broken; names it.
     """
 
-    def __init__(self, card: ModelDeploymentCard, directory: Path) -> None:
+    def __init__(self, card: ModelDeploymentCard, directory: Path, times: PreparationTimes | None = None) -> None:
         self.card = card
+        self._times = times or PreparationTimes()
         self.tokenizer = Tokenizer.load(directory)
         custom = directory / CUSTOM_TEMPLATE
         self.template = ChatTemplate.load(directory, custom if custom.is_file() else None)
@@ -120,8 +132,12 @@ class Preprocessor:
             self._check_vocabulary(token_ids, "nvext.token_data")
         else:
             raw = ext is not None and ext.use_raw_prompt
+            start = perf_counter()
             text = request.raw_prompt if raw else self._render(request)
+            rendered = perf_counter()
             token_ids = await self.tokenizer.encode_async(text, bool(request.add_special_tokens))
+            self._times.template.observe(rendered - start)
+            self._times.tokenize.observe(perf_counter() - rendered)
         logprobs = self._logprob_format(request, request.top_logprob_count, chat=True)
         tools = None if request.tool_choice is None else request.forced_tools()
         return self._prepare(request, token_ids, text, "messages", logprobs, tools=tools)
@@ -137,7 +153,9 @@ class Preprocessor:
                 self._check_vocabulary(token_ids, where)
             elif isinstance(prompt, str):
                 # A prompt of a completion begins a sequence: the tokenizer's own first token belongs to it.
+                start = perf_counter()
                 token_ids = await self.tokenizer.encode_async(prompt, request.add_special_tokens is not False)
+                self._times.tokenize.observe(perf_counter() - start)
             else:
                 token_ids = prompt
                 self._check_vocabulary(token_ids, where)
