@@ -301,7 +301,7 @@ def test_a_wrong_method_names_the_right_ones(indexer):
 
 
 def test_a_body_without_bounds_is_refused(indexer):
-    assert indexer.ask("POST", "/query", b" " * (65 << 20)).status == 413
+    assert indexer.ask("POST", "/query", b" " * (33 << 20)).status == 413
 
 
 def test_an_unknown_field_is_told_in_the_log(indexer, engine):

@@ -76,6 +76,8 @@ class PeerRecovery:
             asked = dict(self._waiting)
             try:
                 await self._ask_for(asked)
+            except Exception:
+                log.exception("asking other indexers failed")  # what comes from now on must be heard all the same
             finally:
                 for listener in asked:
                     if self._waiting.pop(listener, None) is not None:

@@ -18,7 +18,7 @@ from dynamo.runtime.metrics import CONTENT_TYPE, Metrics
 from dynamo.services.access_log import AccessLog
 from dynamo.services.refusals import error_answer
 
-MAX_BODY_BYTES: Final = 64 << 20  # eight million token ids, more than any model's context
+MAX_BODY_BYTES: Final = 32 << 20  # four million token ids, more than any model's context
 CLOSE_TIMEOUT_S: Final = 5.0  # for answers under way when the program ends
 MODEL: Final = web.RequestKey("model", str)  # what the access log shows
 _DURATION_S: Final = tuple(0.0001 * 2**i for i in range(14))  # to 0.8 s; a look takes 0.1 ms
