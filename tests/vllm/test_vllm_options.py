@@ -67,8 +67,8 @@ def test_a_directory_without_config_is_not_taken_for_float32(tmp_path: Path) -> 
         ([], "--model is required"),
         (["--model", "/no/such/place"], "--model: there is no directory /no/such/place"),
         (
-            ["--model", "org/model", "--disaggregation-mode", "prefill"],
-            "--disaggregation-mode prefill is not in this version",
+            ["--model", "org/model", "--disaggregation-mode", "pd"],
+            "--disaggregation-mode: invalid choice: 'pd'",
         ),
         (["--model", "org/model", "--connector", "nixl"], "--connector: KV connectors"),
     ],

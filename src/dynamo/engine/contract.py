@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from dynamo.engine.handoff import Ledger
+from dynamo.engine.takeover import Claims
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 
@@ -74,3 +76,15 @@ class LLMEngine(Protocol):
 
     async def stop(self) -> None:
         """Free everything: processes, sockets, shared memory. Safe to call twice."""
+
+
+class SplitEngine(LLMEngine, Protocol):
+    """An engine that can be half of a pair: compute prompts for others, or go on from what others computed.
+
+    With a `Ledger` it answers a request with one token and a handle for the prompt's KV (`disaggregated_params`).
+    With `Claims` it takes such a handle (`prefill_result`), fetches the KV, and leaves out the token that the client
+    has already. See `dynamo.engine.handoff`.
+    """
+
+    def bind_handoff(self, handoff: Ledger | Claims) -> None:
+        """Called once, before `start`."""

@@ -1,6 +1,7 @@
 """How do requests from the wire become choices in an engine, and its outputs streams again?
 
-One request with `n` choices becomes `n` submissions, numbered and seeded apart. All that an engine puts out in one
+One request with `n` choices becomes `n` submissions, numbered and seeded apart. Where a prefill worker computed the
+prompt, the first choice fetches its KV and the others follow when it is here. All that an engine puts out in one
 step goes to its streams in one call of `on_outputs`, so that it leaves in one frame for each caller.
 """
 
@@ -35,7 +36,7 @@ class _Choice:
 class _Request:
     """One stream, and its choices that have not ended yet, by engine id."""
 
-    __slots__ = ("_server", "choices", "inside", "payload", "stream", "usage")
+    __slots__ = ("_server", "choices", "followers", "inside", "payload", "stream", "usage")
 
     def __init__(self, server: "Dispatcher", payload: PreprocessedRequest, stream: ResponseStream) -> None:
         self._server = server
@@ -43,6 +44,7 @@ class _Request:
         self.stream = stream
         self.inside = False
         self.choices: dict[str, int] = {}
+        self.followers: list[str] = []
         self.usage: CompletionUsage | None = None
 
     def start(self) -> None:
@@ -52,11 +54,13 @@ class _Request:
 class Dispatcher:
     """The push handler of an engine's endpoint, and the receiver of its outputs. Owns the requests in flight."""
 
-    def __init__(self, engine: LLMEngine, admission: Admission) -> None:
+    def __init__(self, engine: LLMEngine, admission: Admission, *, one_choice: bool = False) -> None:
+        """`one_choice`: whatever `n` a request has, it is for others to make the rest (a prefill worker)."""
         self._cached_tokens = 0
         self._prompt_tokens = 0
         self._engine = engine
         self._admission = admission
+        self._one_choice = one_choice
         self._choices: dict[str, _Choice] = {}
         self._requests: set[_Request] = set()
         self._closed: str | None = None
@@ -108,16 +112,31 @@ class Dispatcher:
     def submit(self, request: _Request) -> None:
         """Give all choices of an admitted request to the engine."""
         try:
-            count = _num_choices(request.payload)
+            count = 1 if self._one_choice else _num_choices(request.payload)
             for index in range(count):
                 engine_id = self._unused_id(request.stream.context.id(), index, count)
                 request.choices[engine_id] = index
                 self._choices[engine_id] = _Choice(request, index)
-                self._engine.submit(engine_id, request.payload if count == 1 else _choice_of(request.payload, index))
+                if index and request.payload.prefill_result is not None:
+                    request.followers.append(engine_id)
+                else:
+                    payload = request.payload if count == 1 else _choice_of(request.payload, index)
+                    self._engine.submit(engine_id, payload)
         except DynamoException as e:
             self._fail(request, e)
         except Exception as e:
             log.exception("the engine did not take request %s", request.stream.context.id())
+            self._fail(request, e)
+
+    def _submit_followers(self, request: _Request) -> None:
+        """The first choice has its first token, so the prompt's KV is here: the others find it in the cache."""
+        followers, request.followers = request.followers, []
+        try:
+            for engine_id in followers:
+                self._engine.submit(engine_id, _choice_of(request.payload, request.choices[engine_id]))
+        except Exception as e:
+            if not isinstance(e, DynamoException):
+                log.exception("the engine did not take request %s", request.stream.context.id())
             self._fail(request, e)
 
     def _unused_id(self, request_id: str, index: int, count: int) -> str:
@@ -147,6 +166,10 @@ class Dispatcher:
             if choice is None:
                 continue  # cancelled while the step was under way
             request = choice.request
+            if request.followers:
+                self._submit_followers(request)
+                if engine_id not in choices:
+                    continue  # that failed the request
             if choice.index:
                 output.index = choice.index
             if output.finish_reason is None:
@@ -218,7 +241,11 @@ def _num_choices(request: PreprocessedRequest) -> int:
 
 
 def _choice_of(request: PreprocessedRequest, index: int) -> PreprocessedRequest:
-    """The request for one of its choices: the same, but for the seed, which would make all choices equal."""
+    """The request for one of its choices: the same, but for the seed, which would make all choices equal, and for
+    what a prefill worker made, which is the first choice's."""
     sampling = request.sampling_options
     seed = None if sampling.seed is None else sampling.seed + index
-    return msgspec.structs.replace(request, sampling_options=msgspec.structs.replace(sampling, n=1, seed=seed))
+    changed = msgspec.structs.replace(request, sampling_options=msgspec.structs.replace(sampling, n=1, seed=seed))
+    if index:
+        changed.prefill_result = changed.bootstrap_info = None
+    return changed

@@ -24,8 +24,11 @@ from dynamo.engine.admission import Admission, engine_request_limit
 from dynamo.engine.contract import EngineConfig, LLMEngine
 from dynamo.engine.dispatcher import Dispatcher
 from dynamo.engine.gauges import EngineGauges
+from dynamo.engine.handoff import HANDOFF_ENDPOINT, NO_HANDOFF, Ledger
 from dynamo.engine.reports import Reports
-from dynamo.engine.worker_args import WorkerOptions
+from dynamo.engine.takeover import Claims
+from dynamo.engine.transfer_metrics import DecodeMetrics, PrefillMetrics
+from dynamo.engine.worker_args import DEFAULT_COMPONENT, PREFILL_COMPONENT, WorkerOptions
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, StopConditions
@@ -33,6 +36,7 @@ from dynamo.llm.registration import register_model, unregister_model
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.component import Endpoint, ServedEndpoint
 from dynamo.runtime.errors import DynamoException, EngineShutdown
+from dynamo.runtime.metrics import endpoint_labels
 from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,7 @@ HEALTH_TIMEOUT_S = 10.0  # DYN_ENGINE_HEALTH_CHECK_TIMEOUT
 STOP_TIMEOUT_S = 30.0  # for an engine to free its memory and end its processes
 
 _MODEL_TYPES = {"chat": ModelType.Chat, "completions": ModelType.Completions}
+WORKER_TYPES = {"agg": WorkerType.Aggregated, "prefill": WorkerType.Prefill, "decode": WorkerType.Decode}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,26 @@ class EngineWorker:
         self._served: ServedEndpoint | None = None
         self._death: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._handoff = self._make_handoff()
+
+    def _make_handoff(self) -> Ledger | Claims | None:
+        """What an engine needs that is half of a pair. Raises ValueError for an engine that cannot be."""
+        worker, endpoint = self.options.worker, self.endpoint
+        role = worker.disaggregation_mode
+        if role == "agg":
+            return None
+        bind = getattr(self.engine, "bind_handoff", None)
+        if bind is None:
+            raise ValueError(f"--disaggregation-mode {role}: this engine does whole requests only; use agg")
+        base = endpoint_labels(endpoint.namespace, endpoint.component, None, endpoint.instance_id)
+        handoff: Ledger | Claims
+        if role == "prefill":
+            path = f"{endpoint.namespace}.{endpoint.component}.{HANDOFF_ENDPOINT}"
+            handoff = Ledger(path, endpoint.instance_id, PrefillMetrics(self.runtime.metrics, base))
+        else:
+            handoff = Claims(self.runtime, DecodeMetrics(self.runtime.metrics, base), worker.on_lost_kv)
+        bind(handoff)
+        return handoff
 
     @property
     def model_name(self) -> str:
@@ -141,12 +166,14 @@ class EngineWorker:
             metrics.admission.queued_requests,
             metrics.admission.rejected,
         )
-        self.dispatcher = Dispatcher(self.engine, admission)
+        role = worker.disaggregation_mode
+        self.dispatcher = Dispatcher(self.engine, admission, one_choice=role == "prefill")
         self._gauges.hit_rate.set_function(self.dispatcher.hit_rate)
         self._reports = Reports(
             self.endpoint, instance_id, config, self._gauges, waiting=lambda: self.dispatcher.num_queued
         )
         await self._reports.start()
+        await self._start_handoff()
         self._served = await self.endpoint.start_push_endpoint(
             self.dispatcher.handle,
             metrics_labels=[("model", self.model_name)],
@@ -156,6 +183,15 @@ class EngineWorker:
         await self._register()
         self._tasks.append(asyncio.get_running_loop().create_task(self._watch_health()))
 
+    async def _start_handoff(self) -> None:
+        """Serve claims before there can be any, or begin to watch who serves them."""
+        if isinstance(self._handoff, Ledger):
+            endpoint = self.runtime.endpoint(self._handoff.endpoint)
+            await endpoint.start_push_endpoint(self._handoff.handle, instance_id=self.endpoint.instance_id)
+        elif isinstance(self._handoff, Claims):
+            component = PREFILL_COMPONENT if self.endpoint.component == DEFAULT_COMPONENT else self.endpoint.component
+            await self._handoff.prepare(f"{self.endpoint.namespace}.{component}.{HANDOFF_ENDPOINT}")
+
     async def _register(self) -> None:
         config, worker = self.config, self.options.worker
         await register_model(
@@ -164,7 +200,7 @@ class EngineWorker:
             self.endpoint,
             self.options.model_path,
             self.model_name,
-            worker_type=WorkerType.Aggregated,
+            worker_type=WORKER_TYPES[worker.disaggregation_mode],
             kv_cache_block_size=config.kv_cache_block_size,
             runtime_config=ModelRuntimeConfig(
                 context_length=config.context_length,
@@ -251,6 +287,8 @@ class EngineWorker:
             log.warning("withdrawing the model card: %s; it will expire", e)
 
     async def _stop_engine(self) -> None:
+        if isinstance(self._handoff, Ledger):
+            self._handoff.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -271,5 +309,6 @@ async def serve_engine(runtime: DistributedRuntime, engine: LLMEngine, options: 
 
 def health_check_request(model: str) -> dict[str, Any]:
     """The least that any engine answers: one token after one token."""
-    request = PreprocessedRequest(model, [1], StopConditions(max_tokens=1, ignore_eos=True))
+    stop = StopConditions(max_tokens=1, ignore_eos=True)
+    request = PreprocessedRequest(model, [1], stop, annotations=[NO_HANDOFF])
     return dict(msgspec.to_builtins(request))

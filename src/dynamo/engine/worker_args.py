@@ -8,7 +8,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
 
@@ -17,9 +17,13 @@ from dynamo.runtime.options import OptionParser
 
 DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_COMPONENT = "backend"  # where routers look for workers that do the whole request
+PREFILL_COMPONENT = "prefill"  # and where they look for those that only compute prompts
 DEFAULT_ENDPOINT = "generate"
 DEFAULT_REQUEST_QUEUE_LIMIT = 40000  # requests; the default users know. It bounds memory, not latency
 ENDPOINT_TYPES = ("chat", "completions")
+
+Role = Literal["agg", "prefill", "decode"]
+ROLES: tuple[Role, ...] = ("agg", "prefill", "decode")
 
 _LATER = {
     "--kv-state-endpoint": "a KV state endpoint",
@@ -56,6 +60,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     request_queue_limit: int = DEFAULT_REQUEST_QUEUE_LIMIT
     health_check_payload: dict[str, Any] | None = None
     dump_config_to: str | None = None
+    disaggregation_mode: Role = "agg"
+    on_lost_kv: Literal["recompute", "error"] = "recompute"
 
 
 def add_worker_options(parser: OptionParser) -> None:
@@ -140,9 +146,31 @@ def add_worker_options(parser: OptionParser) -> None:
         refuse(parser, flag, f"{what} is not in this version" if " " in what else f"{what} are not in this version")
 
 
+def add_disaggregation_options(parser: OptionParser, group: argparse._ArgumentGroup) -> None:
+    """Add the options of engines that can compute prompts for each other."""
+    parser.option(
+        group,
+        "--disaggregation-mode",
+        choices=list(ROLES),
+        default="agg",
+        metavar="MODE",
+        help="agg: whole requests; prefill: prompts and first tokens; decode: go on from a prefill worker's KV",
+    )
+    parser.option(
+        group,
+        "--on-lost-kv",
+        choices=["recompute", "error"],
+        default="recompute",
+        metavar="WHAT",
+        help="what a decode worker does where a prefill worker's KV cannot be had: recompute, or error",
+    )
+
+
 def worker_options(args: argparse.Namespace) -> WorkerOptions:
     """The shared options, from a parsed command line. Raises ValueError that names the flag."""
-    endpoint = args.endpoint or f"{args.namespace}.{DEFAULT_COMPONENT}.{DEFAULT_ENDPOINT}"
+    role: Role = getattr(args, "disaggregation_mode", "agg")
+    component = PREFILL_COMPONENT if role == "prefill" else DEFAULT_COMPONENT
+    endpoint = args.endpoint or f"{args.namespace}.{component}.{DEFAULT_ENDPOINT}"
     try:
         address = EndpointAddress.parse(endpoint)
     except ValueError as e:
@@ -162,6 +190,8 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         request_queue_limit=args.dynamo_request_queue_limit,
         health_check_payload=args.health_check_payload,
         dump_config_to=args.dump_config_to,
+        disaggregation_mode=role,
+        on_lost_kv=getattr(args, "on_lost_kv", "recompute"),
     )
 
 

@@ -12,9 +12,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dynamo.engine.worker_args import WorkerOptions, add_worker_options, worker_options
+from dynamo.engine.worker_args import (
+    WorkerOptions,
+    add_disaggregation_options,
+    add_worker_options,
+    positive_int,
+    worker_options,
+)
 from dynamo.runtime.options import OptionParser
 from dynamo.vllm import cpu
+from dynamo.vllm.transport import TRANSPORTS, TransferOptions
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +45,7 @@ class VllmOptions:
     served_model_names: list[str] = field(default_factory=list)
     lora_modules: dict[str, str] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    transfer: TransferOptions = field(default_factory=TransferOptions)
 
 
 def parser() -> OptionParser:
@@ -51,9 +59,21 @@ def parser() -> OptionParser:
         "--lora-modules", nargs="+", default=[], metavar="NAME=DIR",
         help="LoRA adapters to serve as models of their own; needs --enable-lora",
     )  # fmt: skip
+    pair = p.add_argument_group("prefill and decode apart")
+    add_disaggregation_options(p, pair)
     p.option(
-        engine, "--disaggregation-mode", default="agg", choices=("agg", "prefill", "decode", "encode", "pd"),
-        metavar="MODE", help="agg computes prompts and answers in one worker; the others come with a later version",
+        pair, "--kv-transport", default="auto", choices=TRANSPORTS, metavar="WAY",
+        help="how KV passes: nixl (RDMA, shared memory, TCP), shm (files in memory), auto (nixl where it works); "
+        "--kv-transfer-config wins",
+    )  # fmt: skip
+    p.option(
+        pair, "--kv-transfer-host", default="127.0.0.1", metavar="HOST",
+        help="the address at which other machines' workers reach this one's KV",
+    )  # fmt: skip
+    p.option(pair, "--kv-transfer-dir", metavar="DIR", help="where shm keeps its files (unset: /dev/shm/dynamo-kv-UID)")
+    p.option(
+        pair, "--kv-lease", type=positive_int, default=30, metavar="S",
+        help="seconds for which a prompt's KV is kept until a decode worker fetches it",
     )  # fmt: skip
     return p
 
@@ -69,9 +89,6 @@ def parse_ours(argv: Sequence[str]) -> Words:
 
 def _check_before_vllm(words: Words) -> None:
     """What can be told without importing vLLM, which takes ten seconds."""
-    mode = words.options.disaggregation_mode
-    if mode != "agg":
-        words.parser.error(f"--disaggregation-mode {mode} is not in this version: use agg, or leave it out")
     model = _model_word(words)
     if model is None and not words.options.help_vllm and "--config" not in words.engine_words:
         words.parser.error("--model is required: a directory or a hub id")
@@ -140,7 +157,15 @@ def engine_options(words: Words) -> VllmOptions:
         served_model_names=[names] if isinstance(names, str) else list(names),
         lora_modules=lora_modules(words),
         given=given,
+        transfer=transfer_options(words),
     )
+
+
+def transfer_options(words: Words) -> TransferOptions:
+    """How KV is to pass between this worker and others."""
+    o = words.options
+    directory = Path(o.kv_transfer_dir).absolute() if o.kv_transfer_dir else None
+    return TransferOptions(o.kv_transport, o.kv_transfer_host, directory, o.kv_lease)
 
 
 def lora_modules(words: Words) -> dict[str, str]:

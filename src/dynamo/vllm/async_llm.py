@@ -163,7 +163,15 @@ class AsyncLLMDriver:
 
     def _on_stats(self, rank: int, stats: Any) -> None:
         waiting = stats.num_waiting_reqs + getattr(stats, "num_skipped_waiting_reqs", 0)
-        self._events.on_engine_load(EngineLoad(rank, stats.num_running_reqs, waiting, stats.kv_cache_usage))
+        self._events.on_engine_load(
+            EngineLoad(
+                rank,
+                stats.num_running_reqs,
+                waiting,
+                stats.kv_cache_usage,
+                getattr(stats, "kv_connector_stats", None),
+            )
+        )
 
 
 class _Choice:
@@ -200,6 +208,7 @@ class _Choice:
         if made.finished:
             output.finish_reason = _FINISH.get(choice.finish_reason, "error")
             output.stop_reason = choice.stop_reason
+            output.disaggregated_params = made.kv_transfer_params
             ended_by_eos = choice.stop_reason is None or choice.stop_reason in self._eos
             if choice.finish_reason == "stop" and ended_by_eos:
                 output.finish_reason = "eos"

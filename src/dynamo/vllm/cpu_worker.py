@@ -11,9 +11,12 @@ from typing import Any
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from dynamo.vllm.kv_worker import KvRelease
 
-class SeedRepair:
-    """What `worker_extension_cls` names. vLLM adds it to its worker's bases; loading the module is all it is for."""
+
+class SeedRepair(KvRelease):
+    """What `worker_extension_cls` names. vLLM adds it to its worker's bases, which have room for one such class only;
+    for the seeds, loading the module is all it is for."""
 
 
 def discarded_generators(runner: Any) -> dict[int, Any]:

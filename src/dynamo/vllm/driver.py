@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from dynamo.llm.protocols.engine import EngineOutput
 
 PARENT_ENV = "DYN_VLLM_PARENT_PID"  # tells vLLM's processes whom to watch; see `dynamo.vllm.guard`
+EXTERNAL_TOKENS = "external_tokens"  # in `EngineOutput.engine_data` of a first output, where a driver knows
 SCRATCH_ENV = "DYN_VLLM_SCRATCH"  # a directory that is to go when that process is gone
 
 
@@ -30,19 +31,28 @@ class DriverRequest:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What vLLM's scheduler says of one rank after a step. `kv_usage` is the used share of its blocks, 0 to 1."""
+    """What vLLM's scheduler says of one rank after a step. `kv_usage` is the used share of its blocks, 0 to 1;
+    `transfers` is what its KV connector counted since it last said something."""
 
     dp_rank: int
     running: int
     waiting: int
     kv_usage: float
+    transfers: dict[str, Any] | None = None
 
 
 class DriverEvents(Protocol):
-    """Where a driver reports to. All calls are made on the event loop's thread."""
+    """Where a driver reports to. All calls are made on the event loop's thread.
+
+    The last output of a request whose KV vLLM keeps for others has vLLM's `kv_transfer_params` as its
+    `disaggregated_params`.
+    """
 
     def on_step(self, outputs: list[tuple[str, EngineOutput]]) -> None:
         """What one engine step made."""
+
+    def on_kept(self, params: dict[str, Any]) -> None:
+        """vLLM keeps the KV of a request that was aborted just before it ended: these are its parameters."""
 
     def on_failed(self, request_id: str, error: Exception) -> None:
         """One request failed inside the engine; the driver has forgotten it."""
@@ -81,7 +91,7 @@ class Driver(Protocol):
 
     async def control(self, verb: str, *args: Any) -> Any:
         """Ask the engine for something beside requests: `profile`, `sleep`, `wake_up`, `reset_prefix_cache`,
-        `add_lora`, `remove_lora`."""
+        `add_lora`, `remove_lora`, `collective_rpc`."""
 
     def flush_metrics(self) -> None:
         """Bring vLLM's own metrics up to date; somebody is about to read them."""

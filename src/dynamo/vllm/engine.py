@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynamo.engine.contract import EngineCallbacks, EngineConfig
+from dynamo.engine.handoff import Ledger
+from dynamo.engine.takeover import Claims
 from dynamo.engine.zmq_kv_events import KvEventRelay, TieredEvents, local_endpoint
 from dynamo.llm.kv_events import LoadMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
@@ -23,6 +25,9 @@ from dynamo.vllm import shared_memory
 from dynamo.vllm.args import VllmOptions
 from dynamo.vllm.driver import SCRATCH_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
+from dynamo.vllm.roles import Decode, Prefill, Role, Whole
+from dynamo.vllm.transfer import KvReturn, count_transfers, describe
+from dynamo.vllm.transport import Transport, kv_bytes_per_token, layout_of
 from dynamo.vllm.vllm_metrics import prometheus_text
 
 log = logging.getLogger(__name__)
@@ -49,6 +54,17 @@ class VllmEngine:
         self._max_len = 0
         self._loads: dict[int, EngineLoad] = {}
         self._warned_priority = False
+        self._role: Role = Whole(self)
+        self._returns: KvReturn | None = None
+        self.transport: Transport | None = None
+
+    def bind_handoff(self, handoff: Ledger | Claims) -> None:
+        """See `SplitEngine`. `transport` must be set, as `dynamo.vllm.transport.configure` chose it."""
+        if isinstance(handoff, Claims):
+            self._role = Decode(self, handoff, lambda: int(self.vllm_config.model_config.get_vocab_size()))
+        else:
+            self._role = Prefill(self, handoff, float(self.options.transfer.lease_s))
+            handoff.free = self._free_kv
 
     # -- the engine contract -------------------------------------------------------------------------------------
 
@@ -76,6 +92,7 @@ class VllmEngine:
         except BaseException:
             await self.stop()
             raise
+        self._set_up_role(config)
         self._kv_blocks = config.cache_config.num_gpu_blocks or 0
         self._max_len = config.model_config.max_model_len
         if self._max_len < context:
@@ -89,35 +106,28 @@ class VllmEngine:
         return self._describe(config)
 
     def submit(self, request_id: str, request: PreprocessedRequest) -> None:
-        from dynamo.vllm.sampling import invalid, is_refusal, sampling_params
+        from dynamo.vllm.sampling import sampling_params
 
-        driver = self._running()
+        self._running()
         self._refuse_unsupported(request)
         routing = request.routing
+        request = self._role.adapt(request)
         params = sampling_params(request, self._defaults, self._grammar_backend)
         dp_rank = routing.dp_rank if routing else None
         if dp_rank is not None and self._dp_size() == 1:
             dp_rank = None  # a router may name rank 0 of an engine that has no other
-        try:
-            driver.submit(
-                DriverRequest(
-                    request_id,
-                    request.token_ids,
-                    params,
-                    lora_request=self._adapters.of_request(request),
-                    cache_salt=routing.cache_salt if routing else None,
-                    priority=self._priority(routing.priority if routing else None),
-                    dp_rank=dp_rank,
-                    eos_token_ids=frozenset(request.eos_token_ids),
-                )
-            )
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            raise invalid(error) from error
+        wanted = DriverRequest(
+            request_id,
+            request.token_ids,
+            params,
+            lora_request=self._adapters.of_request(request),
+            cache_salt=routing.cache_salt if routing else None,
+            priority=self._priority(routing.priority if routing else None),
+            dp_rank=dp_rank,
+            eos_token_ids=frozenset(request.eos_token_ids),
+        )
+        self._role.submit(wanted, request)
         self._in_flight.add(request_id)
-        self._waiting_prefill[request_id] = len(request.token_ids)
-        self._prefill_tokens += len(request.token_ids)
 
     def abort(self, request_id: str) -> None:
         if request_id not in self._in_flight or self._driver is None:
@@ -148,19 +158,30 @@ class VllmEngine:
     # -- what a driver reports -----------------------------------------------------------------------------------
 
     def on_step(self, outputs: list[tuple[str, EngineOutput]]) -> None:
-        for request_id, output in outputs:
+        role = self._role
+        seen = outputs
+        if not isinstance(role, Whole):
+            seen = [(request_id, output) for request_id, output in outputs if role.on_output(request_id, output)]
+        for request_id, output in seen:
             if request_id in self._waiting_prefill:
                 self._prefill_tokens -= self._waiting_prefill.pop(request_id)
             if output.finish_reason is not None:
                 self._in_flight.discard(request_id)
-        self._callbacks.on_outputs(outputs)
+                role.forget(request_id)
+        if seen:
+            self._callbacks.on_outputs(seen)
+
+    def on_kept(self, params: dict[str, Any]) -> None:
+        if isinstance(self._role, Prefill):
+            self._role.give_back(params)
 
     def on_failed(self, request_id: str, error: Exception) -> None:
-        self._forget(request_id)
-        self._callbacks.on_error(request_id, error)
+        self.fail(request_id, error)
 
     def on_engine_load(self, load: EngineLoad) -> None:
         self._loads[load.dp_rank] = load
+        if load.transfers and isinstance(self._role, Decode):
+            count_transfers(load.transfers, self._role.claims.metrics)
         blocks = round(load.kv_usage * self._kv_blocks / self._dp_size())
         self._callbacks.on_load(
             LoadMetrics(
@@ -177,6 +198,28 @@ class VllmEngine:
     def on_engine_death(self, reason: str) -> None:
         log.error("%s", reason)
         self._callbacks.on_death(reason)
+
+    # -- what a role asks of the engine --------------------------------------------------------------------------
+
+    def send(self, request: DriverRequest, prefill_tokens: int) -> None:
+        from dynamo.vllm.sampling import invalid, is_refusal
+
+        try:
+            self._running().submit(request)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            raise invalid(error) from error
+        self._waiting_prefill[request.request_id] = prefill_tokens
+        self._prefill_tokens += prefill_tokens
+
+    def withdraw(self, request_id: str) -> None:
+        self._prefill_tokens -= self._waiting_prefill.pop(request_id, 0)
+        self._running().abort([request_id])
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        self._forget(request_id)
+        self._callbacks.on_error(request_id, error)
 
     # -- beside requests -----------------------------------------------------------------------------------------
 
@@ -209,6 +252,24 @@ class VllmEngine:
     def _forget(self, request_id: str) -> None:
         self._in_flight.discard(request_id)
         self._prefill_tokens -= self._waiting_prefill.pop(request_id, 0)
+        self._role.forget(request_id)
+
+    def _set_up_role(self, config: Any) -> None:
+        """Tell the role what only a started engine knows."""
+        if self.transport is None:
+            return
+        layout = layout_of(config, self.transport, vllm_version())
+        if isinstance(self._role, Decode):
+            self._role.claims.layout = layout
+        elif isinstance(self._role, Prefill):
+            self._role.layout = layout
+            self._role.engine_id = str(config.kv_transfer_config.engine_id)
+            self._role.bytes_per_token = kv_bytes_per_token(config)
+            self._returns = KvReturn(self._running(), self.transport)
+
+    def _free_kv(self, params: Any, how: str) -> None:
+        if self._returns is not None:
+            self._returns.free(params, how)
 
     def _report_idle(self) -> None:
         """After the last request was aborted no step follows, so vLLM sends no numbers either."""
@@ -239,10 +300,6 @@ class VllmEngine:
             # vLLM 0.32's LoRA code for CPUs counts prompts where it needs rows, and the error ends the engine.
             raise InvalidArgument(
                 "prompt_logprobs cannot be had from a CPU worker with LoRA (--enable-lora)", "prompt_logprobs"
-            )
-        if request.prefill_result is not None or request.bootstrap_info is not None:
-            raise InvalidArgument(
-                "this worker computes prompts itself; it cannot take over another worker's prefill", "prefill_result"
             )
 
     def _set_up_kv_events(self, args: Any) -> None:
@@ -305,7 +362,8 @@ class VllmEngine:
             max_num_batched_tokens=config.scheduler_config.max_num_batched_tokens,
             data_parallel_size=self._dp_size(),
             publishes_kv_events=bool(self._relays),
-            runtime_data={"engine": "vllm", "version": vllm_version(), "driver": self._running().name},
+            runtime_data={"engine": "vllm", "version": vllm_version(), "driver": self._running().name}
+            | describe(self.transport, layout_of(config, self.transport, vllm_version()) if self.transport else None),
         )
 
 
@@ -353,10 +411,12 @@ def _socket_directory() -> tempfile.TemporaryDirectory[str]:
 
 
 def _repair_seeds(args: Any) -> None:
-    """Load `dynamo.vllm.cpu_worker` into the worker where it is needed and known."""
+    """Load `dynamo.vllm.cpu_worker` into the worker where it is needed and known, or the part for KV alone."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu() or not vllm_version().startswith(SUPPORTED_CORE):
+        if args.kv_transfer_config is not None and not args.worker_extension_cls:
+            args.worker_extension_cls = "dynamo.vllm.kv_worker.KvRelease"
         return
     if args.worker_extension_cls:
         log.warning(

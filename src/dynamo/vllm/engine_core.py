@@ -31,7 +31,7 @@ from dynamo.llm.protocols.engine import (
 from dynamo.llm.protocols.engine import FinishReason as Finish
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm import guard, logprobs
-from dynamo.vllm.driver import PARENT_ENV, DriverEvents, DriverRequest, EngineLoad
+from dynamo.vllm.driver import EXTERNAL_TOKENS, PARENT_ENV, DriverEvents, DriverRequest, EngineLoad
 from dynamo.vllm.sampling import engine_error, invalid
 from vllm import envs
 
@@ -62,12 +62,14 @@ class _Live:
     logprobs: int | None
     prompt_logprobs: int | None
     cached_tokens: int = 0
+    external_tokens: int | None = None
     generated: int = 0
     cumulative: float = 0.0
     prompt_rows: list[list[TopLogprob] | None] | None = None
     max_tokens: int | None = None
     lora_name: str | None = None
     guided: bool = False
+    taken_over: bool = False
     stats: Any = None
 
 
@@ -131,6 +133,7 @@ class EngineCoreDriver:
             max_tokens=params.max_tokens,
             lora_name=request.lora_request.lora_name if request.lora_request else None,
             guided=params.structured_outputs is not None,
+            taken_over=bool((params.extra_args or {}).get("kv_transfer_params", {}).get("do_remote_prefill")),
             stats=RequestStateStats(arrival_time=core_request.arrival_time) if self._metrics else None,
         )
         self._live[core_id] = live
@@ -215,8 +218,10 @@ class EngineCoreDriver:
         metrics = self._metrics.begin(step) if self._metrics is not None else None
         for made in step.outputs:
             live = self._live.get(made.request_id)
-            if live is None:
-                continue  # aborted meanwhile
+            if live is None:  # aborted meanwhile
+                if made.kv_transfer_params is not None:
+                    self._events.on_kept(made.kv_transfer_params)
+                continue
             if metrics is not None:
                 metrics.token(made, live)
             if made.finish_reason is not None:
@@ -238,13 +243,20 @@ class EngineCoreDriver:
         if (stats := step.scheduler_stats) is not None:
             waiting = stats.num_waiting_reqs + stats.num_skipped_waiting_reqs
             self._events.on_engine_load(
-                EngineLoad(step.engine_index, stats.num_running_reqs, waiting, stats.kv_cache_usage)
+                EngineLoad(
+                    step.engine_index,
+                    stats.num_running_reqs,
+                    waiting,
+                    stats.kv_cache_usage,
+                    stats.kv_connector_stats,
+                )
             )
 
 
 def _note_prefill(live: _Live, made: Any) -> None:
     if made.prefill_stats is not None:
         live.cached_tokens = made.prefill_stats.num_cached_tokens
+        live.external_tokens = made.prefill_stats.num_external_cached_tokens
     if made.new_prompt_logprobs_tensors is not None and live.prompt_logprobs is not None:
         if live.prompt_rows is None:
             live.prompt_rows = [None]  # nothing precedes the first token
@@ -258,6 +270,8 @@ def _output(live: _Live, made: Any) -> EngineOutput:
     if first:
         _note_prefill(live, made)
         output.prompt_logprobs, live.prompt_rows = live.prompt_rows, None
+        if live.taken_over and live.external_tokens is not None:
+            output.engine_data = {EXTERNAL_TOKENS: live.external_tokens}
     if live.logprobs is not None and made.new_logprobs is not None:
         output.log_probs, output.top_logprobs = logprobs.rows(made.new_logprobs, live.logprobs)
         live.cumulative += sum(output.log_probs)
@@ -265,6 +279,7 @@ def _output(live: _Live, made: Any) -> EngineOutput:
     if made.finish_reason is not None:
         output.finish_reason = _FINISH[made.finish_reason]
         output.stop_reason = made.stop_reason
+        output.disaggregated_params = made.kv_transfer_params
         if output.finish_reason == "stop" and _is_eos(made, live):
             output.finish_reason = "eos"
         output.completion_usage = CompletionUsage(

@@ -1,5 +1,6 @@
 """How does a vLLM worker run as a program? `python -m dynamo.vllm --model DIR_OR_HUB_ID`."""
 
+import asyncio
 import dataclasses
 import gc
 import logging
@@ -13,14 +14,14 @@ from pathlib import Path
 import msgspec
 
 from dynamo.engine.program import run_program
-from dynamo.engine.serving import EngineWorker, ServeOptions
+from dynamo.engine.serving import WORKER_TYPES, EngineWorker, ServeOptions
 from dynamo.engine.worker_args import WorkerOptions, dump_config
 from dynamo.llm.hub import fetch_model
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType
 from dynamo.llm.registration import register_model
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import DynamoException
-from dynamo.vllm import args
+from dynamo.vllm import args, transport
 from dynamo.vllm.args import PROG, VllmOptions
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,14 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
     except DynamoException as e:
         raise ValueError(f"--model: {e}") from None
     args.settle(options, directory)
+    chosen = None
+    if worker_options.disaggregation_mode != "agg":
+        chosen = await asyncio.to_thread(transport.configure, options.engine_args, worker_options, options.transfer)
     dump_config(worker_options.dump_config_to, _in_effect(worker_options, options))
     from dynamo.vllm.engine import VllmEngine
 
     engine = VllmEngine(options)
+    engine.transport = chosen
     worker = EngineWorker(runtime, engine, ServeOptions(directory, worker_options))
     log.info("loading %s; this takes half a minute or more", directory)
     try:
@@ -91,6 +96,7 @@ async def _register_adapter(worker: EngineWorker, worker_options: WorkerOptions,
         worker.endpoint,
         str(directory),
         config.served_model_name or config.model,
+        worker_type=WORKER_TYPES[worker_options.disaggregation_mode],
         kv_cache_block_size=config.kv_cache_block_size,
         runtime_config=ModelRuntimeConfig(
             context_length=config.context_length,

@@ -1,0 +1,136 @@
+"""How does KV pass between vLLM workers by NIXL, without a spinning thread and without a read that comes too late?
+
+vLLM's own pull connector (`NixlConnector`), changed in four places; loaded into vLLM's processes by
+`kv_connector_module_path`. Written against the versions of `dynamo.vllm.engine_core`:
+
+- NIXL's progress thread is off: it costs a core for each idle worker. vLLM polls every step, and every millisecond
+  while KV is kept or awaited.
+- The side channel takes a port that is free when it binds, so that workers of one machine need no numbers.
+- The prefill side says until when the KV stays. The decode side does not begin a read after its deadline, and throws
+  away one that ended after it: the blocks may be another prompt's by then. vLLM recomputes, as for any failed load.
+- KV that nobody will fetch can be given back before its lease ends.
+"""
+
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import zmq
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl import (
+    NixlPullConnector,
+    NixlPullConnectorScheduler,
+    NixlPullConnectorWorker,
+    base_worker,
+)
+from vllm.logger import init_logger
+
+logger = init_logger("vllm.dynamo.kv_nixl")
+
+PORT_ENV = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+_BIND_TRIES = 20  # each time another port was taken between asking for a free one and binding it
+
+_agent_config = base_worker.nixl_agent_config
+
+
+def _without_progress_thread(**settings: Any) -> Any:
+    return _agent_config(enable_prog_thread=False, **(settings | {"num_threads": 0}))
+
+
+base_worker.nixl_agent_config = _without_progress_thread
+
+
+class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._port_is_ours = PORT_ENV not in os.environ
+        if self._port_is_ours:
+            self.side_channel_port = _free_port(self.side_channel_host)
+
+    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
+        delayed, params = super().request_finished(request, block_ids)
+        if params is not None and request.request_id in self._reqs_need_send:
+            # perf_counter is CLOCK_MONOTONIC here, which the worker's front process reads too
+            params["remote_blocks_expiry_time"] = self._reqs_need_send[request.request_id]
+        return delayed, params
+
+    def _nixl_handshake_listener(
+        self, encoded_data: Any, ready: threading.Event, stop: threading.Event, host: str, port: int
+    ) -> None:
+        for _ in range(_BIND_TRIES):
+            try:
+                NixlPullConnectorScheduler._nixl_handshake_listener(encoded_data, ready, stop, host, port)
+            except zmq.ZMQError as error:
+                if ready.is_set() or error.errno != zmq.EADDRINUSE or not self._port_is_ours:
+                    ready.set()  # or the engine would wait for it for ever
+                    logger.error("NIXL's side channel at %s:%d does not work: %s", host, port, error)  # noqa: TRY400
+                    return
+                self.side_channel_port = port = _free_port(host)
+            else:
+                return
+        ready.set()
+        logger.error("NIXL's side channel found no free port on %s", host)
+
+
+class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._given_back: set[str] = set()
+
+    def give_back(self, request_ids: list[str]) -> None:
+        """Free the blocks of these requests, unless they were read or have expired already."""
+        for request_id in request_ids:
+            if request_id in self._reqs_to_process:
+                self._reqs_to_process.remove(request_id)
+                self._reqs_to_send.pop(request_id, None)
+                self._given_back.add(request_id)
+
+    def _get_new_notifs(self) -> set[str]:
+        read: set[str] = super()._get_new_notifs()
+        given_back, self._given_back = self._given_back, set()
+        return read | given_back
+
+    def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:
+        if _is_late(meta) and (meta.awaiting_kvs or any(meta.local_block_ids)):
+            logger.warning("not reading the KV of request %s: its lease is over", req_id)
+            self._handle_failed_transfer(req_id, None, self._recv_failures)
+            return
+        super()._read_blocks_for_req(req_id, meta)
+
+    def _pop_done_transfers(self, transfers: dict[str, list[int]]) -> tuple[set[str], set[str]]:
+        done, failed = super()._pop_done_transfers(transfers)
+        for req_id in done - failed:
+            meta = self._recving_metadata.get(req_id)
+            if meta is not None and any(meta.local_block_ids) and _is_late(meta):
+                logger.warning("throwing away the KV of request %s: it was read after its lease", req_id)
+                self._handle_failed_transfer(req_id, None, failed)
+        return done, failed
+
+
+def _is_late(meta: Any) -> bool:
+    deadline = meta.remote.blocks_expiry_time
+    return deadline is not None and time.monotonic() >= deadline
+
+
+class HeldNixlConnector(NixlPullConnector):  # type: ignore[misc]
+    """vLLM's pull connector with the changes above."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        super(NixlPullConnector, self).__init__(vllm_config, role, kv_cache_config)
+        here = (vllm_config, self.engine_id, kv_cache_config)
+        self.connector_scheduler = _Scheduler(*here) if role == KVConnectorRole.SCHEDULER else None
+        self.connector_worker = _Worker(*here) if role == KVConnectorRole.WORKER else None
+
+    def give_back(self, request_ids: list[str]) -> None:
+        """See `_Worker.give_back`."""
+        if self.connector_worker is not None:
+            self.connector_worker.give_back(request_ids)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
+        found.bind((host, 0))
+        port: int = found.getsockname()[1]
+        return port
