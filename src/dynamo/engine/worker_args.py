@@ -168,7 +168,7 @@ def add_disaggregation_options(parser: OptionParser, group: argparse._ArgumentGr
 
 def worker_options(args: argparse.Namespace) -> WorkerOptions:
     """The shared options, from a parsed command line. Raises ValueError that names the flag."""
-    role: Role = getattr(args, "disaggregation_mode", "agg")
+    role: Role = getattr(args, "disaggregation_mode", None) or "agg"  # None where an engine refuses the flag
     component = PREFILL_COMPONENT if role == "prefill" else DEFAULT_COMPONENT
     endpoint = args.endpoint or f"{args.namespace}.{component}.{DEFAULT_ENDPOINT}"
     try:
