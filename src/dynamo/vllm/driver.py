@@ -12,6 +12,7 @@ from dynamo.llm.protocols.engine import EngineOutput
 
 PARENT_ENV = "DYN_VLLM_PARENT_PID"  # tells vLLM's processes whom to watch; see `dynamo.vllm.guard`
 EXTERNAL_TOKENS = "external_tokens"  # in `EngineOutput.engine_data` of a first output, where a driver knows
+FIRST_TOKEN = "dynamo_first_token"  # noqa: S105 - in SamplingParams.extra_args; see `dynamo.vllm.first_token`
 SCRATCH_ENV = "DYN_VLLM_SCRATCH"  # a directory that is to go when that process is gone
 
 

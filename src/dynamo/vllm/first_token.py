@@ -11,8 +11,7 @@ import torch
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-FIRST_TOKEN = "dynamo_first_token"  # noqa: S105 - the key in SamplingParams.extra_args
-PROCESSOR = "dynamo.vllm.first_token:FirstToken"
+from dynamo.vllm.driver import FIRST_TOKEN
 
 
 class FirstToken(LogitsProcessor):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from dynamo.engine.handoff import NO_HANDOFF, Layout, Ledger
 from dynamo.engine.takeover import Claim, Claims, Grant, Refusal, first_token_of
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PreprocessedRequest, PromptTokensDetails
 from dynamo.runtime.errors import DynamoException, InvalidArgument, StreamIncomplete
-from dynamo.vllm.driver import EXTERNAL_TOKENS, DriverRequest
+from dynamo.vllm.driver import EXTERNAL_TOKENS, FIRST_TOKEN, DriverRequest
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +173,6 @@ class Decode:
             return
         token = first_token_of(original)
         if token is not None:
-            from dynamo.vllm.first_token import FIRST_TOKEN
-
             if not 0 <= token < self._vocabulary():
                 raise InvalidArgument(f"prefill_result.token_ids: {token} is no token of this model", "prefill_result")
             _add(request.sampling_params, FIRST_TOKEN, token)

@@ -22,6 +22,7 @@ TransportName = Literal["auto", "nixl", "shm"]
 TRANSPORTS = ("auto", "nixl", "shm")
 _HOST_ENV = "VLLM_NIXL_SIDE_CHANNEL_HOST"
 _PROBE_TIMEOUT_S = 60.0  # an agent is made in half a second; two cores that load a model are slower
+_PROCESSOR = "dynamo.vllm.first_token:FirstToken"
 _PROBE = (
     "from nixl._api import nixl_agent, nixl_agent_config as c\n"
     "nixl_agent('probe', c(enable_prog_thread=False, num_threads=0))\n"
@@ -109,9 +110,7 @@ def configure(args: Any, worker: WorkerOptions, options: TransferOptions) -> Tra
         )
     os.environ.setdefault(_HOST_ENV, options.host)
     if role == "decode" and args.speculative_config is None:  # vLLM takes no processor beside speculation
-        from dynamo.vllm.first_token import PROCESSOR
-
-        args.logits_processors = [*(args.logits_processors or ()), PROCESSOR]
+        args.logits_processors = [*(args.logits_processors or ()), _PROCESSOR]
     log.warning("KV passes by %s: %s", chosen.name, chosen.why)
     return chosen
 
