@@ -1,4 +1,4 @@
-"""Which routing policy is best? `python benchmarks/replay_policies.py` replays real traces with each of them.
+"""Which routing policy is best? `python benchmarks/replay_policies.py` replays published traces with each of them.
 
 Mooncake's conversation and synthetic traces, 4 and 8 simulated engines (16,384 blocks of 64 tokens, the default timing
 curves), three loads each, given as how many times faster than recorded requests come: from light to near the knee of
