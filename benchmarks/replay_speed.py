@@ -2,9 +2,9 @@
 
 Speed: the conversation trace (12,031 requests in 59 minutes) on 8 simulated engines, one process, one core. Goal: at
 least 300 times as fast as real time, by CPU seconds: a run waits for nothing, so with a core to itself it takes as long
-by the clock, and what else goes on at the machine does not show. Memory: the same load for longer and longer, then one that is more than the
-fleet can take, so that requests pile up; the peak of a process that does nothing else, and of it what a process takes
-that has only imported the simulator.
+by the clock, and what else goes on at the machine does not show. Memory: the same load for longer and longer, then one
+that is more than the fleet can take, so that requests pile up; the peak of a process that does nothing else, and of it
+what a process takes that has only imported the simulator.
 """
 
 import argparse
