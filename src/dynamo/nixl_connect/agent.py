@@ -42,6 +42,7 @@ T = TypeVar("T")
 FIRST_POLL_S = 0.0001  # a 1 MB transfer over TCP takes 1.4 ms
 POLL_SHARE = 0.125  # of the time waited so far: asking adds at most that to any wait
 LAST_POLL_S = 0.025  # 40 times a second, 0.4 % of a core
+WITHDRAWN_S = 5.0  # an offer's memory outlives it, for a peer that is reading: over TCP, taking it away crashes us
 DRAIN_S = 30.0  # a cancelled transfer that NIXL still holds after that is reported; its memory stays kept
 STOP_S = 2.0  # for the thread to let go of the agent when the process ends
 MAX_KEYS_KEPT = 16_384  # of transfers begun or offered and over: to refuse the second use, to name it in the log
@@ -79,8 +80,10 @@ class Agent:
         self._offers: dict[bytes, Flight] = {}  # awaited from elsewhere, by what the peer will say: done, or cancelled
         self._used: OrderedDict[str, None] = OrderedDict()
         self._finished: OrderedDict[bytes, None] = OrderedDict()
+        self._withdrawn: list[tuple[float, list[Region]]] = []  # until when which memory stays registered
         self._later: list[Callable[[], None]] = []
         self._waiting_since = self._last_look = 0.0
+        self._closed: TransferFailed | None = None
         self._thread = threading.Thread(target=self._run, name=f"nixl-{name}", daemon=True)
         self._thread.start()
         _alive.add(self)
@@ -95,6 +98,8 @@ class Agent:
 
         def attempt() -> None:
             try:
+                if self._closed is not None:
+                    raise self._closed
                 result = work()
             except BusyError:
                 if time.monotonic() < deadline:
@@ -106,15 +111,14 @@ class Agent:
             else:
                 promise.set_result(result)
 
-        if self._thread.is_alive():
-            self._inbox.put(attempt)
-        else:
-            promise.set_exception(TransferFailed(f"{self.name} is closed"))
+        self._inbox.put(attempt)
+        if self._closed is not None and not promise.done():
+            self._close()  # it came after the thread had looked for the last time
         return promise
 
     def post(self, work: Callable[[], None]) -> None:
         """Do `work` in the thread some time; what fails is logged. Nothing is left to do once the agent is closed."""
-        if self._thread.is_alive():
+        if self._closed is None:
             self.call(work).add_done_callback(self._log_failure)
 
     def cancel(self, flight: Flight) -> None:
@@ -214,6 +218,7 @@ class Agent:
         flight.remote = peer
         try:
             if flight.status.is_final:
+                self._say_cancelled(flight)
                 self._end(flight, flight.status)
                 return
             if flight.key in self._used:
@@ -253,6 +258,8 @@ class Agent:
                 self._nixl.releaseXferReq(handle)
             except self._failures.any as e:
                 log.warning("NIXL keeps a transfer with %s that is over: %s", flight.remote.name, e)
+            if error is not None and not isinstance(error, PeerGone):
+                self._say_cancelled(flight)
         while flight.holding:
             self.let_go(flight.holding.pop())
         if flight.remote is not None:
@@ -267,18 +274,21 @@ class Agent:
         self._offers.pop(key, None)
         self._offers.pop(_cancel_word(flight.key), None)
         _remember(self._finished, key)
+        if flight.is_known and status is not OperationStatus.COMPLETE:
+            self._withdrawn.append((time.monotonic() + WITHDRAWN_S, flight.holding))
+            flight.holding = []
         self._end(flight, status, error)
 
     def _give_up(self, flight: Flight) -> None:
         """A cancelled flight: an offer is withdrawn; a transfer that NIXL has runs on, watched, until it is over.
 
         NIXL's own cancel frees its handle, but bytes on their way still arrive, in memory that would be somebody's.
+        Nor is the peer told before the end: it would take away memory that is being read.
         """
         if flight.key.encode() in self._offers and self._offers[flight.key.encode()] is flight:
             self._withdraw(flight, OperationStatus.CANCELLED)
         elif flight in self._transfers:
             flight.deadline = time.monotonic() + DRAIN_S
-            self._say_cancelled(flight)
 
     def _say_cancelled(self, flight: Flight) -> None:
         try:
@@ -289,6 +299,28 @@ class Agent:
     # the thread's loop
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:
+            log.exception("the thread of %s ends by a defect of its own", self.name)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Whatever happened, nobody waits for this agent any more."""
+        self._closed = TransferFailed(f"{self.name} is closed")
+        for flight in {*self._transfers, *self._offers.values()}:
+            flight.advance(OperationStatus.ERRORED, self._closed)
+            flight.conclude()
+        while not self._inbox.empty():
+            work = self._inbox.get_nowait()
+            if work is not None:
+                work()
+        for attempt in self._later:
+            attempt()
+        self._nixl = None  # ends NIXL's own thread
+
+    def _serve(self) -> None:
         while True:
             try:
                 work = self._inbox.get(timeout=self._pause())
@@ -296,18 +328,15 @@ class Agent:
                 self._look()
                 continue
             if work is None:
-                break
+                return
             work()
+            work = None  # or its memory would live until the next call
             if self._inbox.empty() or time.monotonic() - self._last_look > LAST_POLL_S:
                 self._look()
-        for flight in {*self._transfers, *self._offers.values()}:
-            flight.advance(OperationStatus.ERRORED, TransferFailed(f"{self.name} was closed"))
-            flight.conclude()
-        self._nixl = None  # ends NIXL's own thread
 
     def _pause(self) -> float | None:
         if not (self._transfers or self._offers or self._later):
-            return None
+            return max(0.0, self._withdrawn[0][0] - time.monotonic()) if self._withdrawn else None
         waited = time.monotonic() - self._waiting_since
         return min(max(waited * POLL_SHARE, FIRST_POLL_S), LAST_POLL_S)
 
@@ -321,6 +350,9 @@ class Agent:
             for flight in {f for f in self._offers.values() if now > f.deadline}:
                 what = f"nobody came for this {flight.kind} within {self.patience_s:g} s; the offer is withdrawn"
                 self._withdraw(flight, OperationStatus.ERRORED, TransferTimeout(what))
+        while self._withdrawn and now > self._withdrawn[0][0]:
+            for region in self._withdrawn.pop(0)[1]:
+                self.let_go(region)
         later, self._later = self._later, []
         for attempt in later:
             attempt()
@@ -336,8 +368,7 @@ class Agent:
             return True
         if now > flight.deadline and not flight.over.done():
             what = f"not over in time with {flight.remote.name}; bytes may still arrive, so do not use the memory again"
-            if flight.advance(OperationStatus.ERRORED, TransferTimeout(what)):
-                self._say_cancelled(flight)
+            flight.advance(OperationStatus.ERRORED, TransferTimeout(what))
             flight.over.set_exception(flight.error or TransferTimeout(f"cancelled, but {what}"))
         return False  # kept with its memory until NIXL says that it has ended
 

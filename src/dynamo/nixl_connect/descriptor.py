@@ -154,7 +154,7 @@ def _located(data: Any) -> tuple[int, int, Device, Any]:
             return 0, 0, Device("cpu"), data
         try:
             view = np.frombuffer(data, dtype=np.uint8)  # holds the buffer: a bytearray cannot be resized meanwhile
-        except ValueError as e:
+        except (ValueError, BufferError) as e:
             raise InvalidValue(f"Descriptor: the memoryview is not contiguous: {e}", "data") from e
         return view.ctypes.data, view.nbytes, Device("cpu"), view
     if isinstance(data, tuple) and len(data) == 2:

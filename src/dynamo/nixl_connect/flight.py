@@ -24,6 +24,7 @@ class Flight:
         "error",
         "handle",
         "holding",
+        "is_known",
         "key",
         "kind",
         "over",
@@ -42,6 +43,7 @@ class Flight:
         self.handle: int | None = None  # NIXL's, while a transfer that this side began is not released
         self.remote: Any = None  # the peer that it is with, while it counts as its user
         self.holding: list[Region] = []
+        self.is_known = False  # whether a peer may have been told of the memory
         self.begun: Future[Any] = _promise()  # resolves when memory is registered and, if active, NIXL has the transfer
         self.over: Future[None] = _promise()
         self._lock = threading.Lock()

@@ -60,7 +60,7 @@ class AbstractOperation:
         """Give it up. Does nothing if it is over.
 
         Bytes that are on their way still arrive: use the memory again only after `wait_for_completion`. An offer is
-        withdrawn at once, but a peer on the same machine that has the metadata can reach the memory all the same.
+        withdrawn, but a peer that has its metadata may be reading: the memory is kept for five seconds more.
         """
         self._connection.agent.cancel(self._flight)
 
@@ -96,6 +96,7 @@ class PassiveOperation(AbstractOperation):
 
         Raises what registering the memory raised, if it failed.
         """
+        self._flight.is_known = True
         packed = pack(self._agent_metadata.result(self._connection.agent.patience_s), hex_encode)
         return RdmaMetadata(
             descriptors=[descriptor.metadata for descriptor in self._local],

@@ -1,12 +1,14 @@
 """Which peers does NIXL know here, and is what it knows still true?
 
 Connecting costs 20 to 60 ms, so a peer stays known between operations. But NIXL keeps the first key of a region for
-ever and forgets the whole peer, under transfers in flight, when it hears of another. So a peer is forgotten and loaded
-anew, while nothing is in flight with it, whenever a region that is known may have been registered again.
+ever and forgets the whole peer, under transfers in flight, when it hears of another; and if it hears of a region of a
+peer that has died, it never again accepts one of that name. So a peer is forgotten and loaded anew, while nothing is in
+flight with it, whenever a region that is known may have been registered again, or it does not answer a call.
 """
 
 import hashlib
 import logging
+import re
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +19,8 @@ from dynamo.nixl_connect.metadata import agent_name_in
 
 log = logging.getLogger(__name__)
 
+OURS = re.compile(r"-\d+-[0-9a-f]{8}$")  # an agent's name as `Connection` makes it
+CALL = b"are you there"  # our agents pass over it; another library might keep it, so others are not called
 MAX_REGIONS = 4096  # of one peer; NIXL keeps them sorted and searches them for every transfer
 MAX_IDLE = 64  # peers kept without a transfer; each holds sockets
 
@@ -87,7 +91,15 @@ class Remotes:
         return peer
 
     def _is_stale(self, peer: Peer, wanted: set[Identity]) -> bool:
-        return peer.is_broken or bool(wanted & peer.regions) or len(peer.regions) + len(wanted) > MAX_REGIONS
+        if peer.is_broken or wanted & peer.regions or len(peer.regions) + len(wanted) > MAX_REGIONS:
+            return True
+        if not OURS.search(peer.name):
+            return peer.users == 0  # as the peer's own library does
+        try:
+            self._nixl.genNotif(peer.name, CALL, [])
+        except self._failures.any:
+            return True
+        return False
 
     def _loaded(self, agent_metadata: bytes, known: Peer | None) -> Peer:
         try:
