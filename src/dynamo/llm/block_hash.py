@@ -20,7 +20,7 @@ SEED = 1337  # part of the hash's definition: peers use it [K1]
 _SALT_SEED = 1  # keeps a cache namespace apart from a LoRA of the same name [K5]
 _TOKEN_BYTES = 4  # tokens are hashed as little-endian u32 [K1]
 _U64_MASK = 2**64 - 1
-_PAIR = Struct("<QQ")
+PAIR = Struct("<QQ")  # a sequence hash, and the local hash of the block after it
 
 BlockMmInfo = Mapping[str, Any]
 """One block's multimodal content: `{"mm_objects": [{"mm_hash": u64, "offsets": …}]}`; only the hashes count [K3]."""
@@ -39,7 +39,8 @@ def hash_seed(lora_name: str | None = None, cache_namespace: str | None = None) 
     return seed & _U64_MASK
 
 
-def _token_bytes(tokens: Sequence[int]) -> bytes:
+def token_bytes(tokens: Sequence[int]) -> bytes:
+    """Tokens as they are hashed: little-endian u32. Raises InvalidArgument for one that is none."""
     packed = array("I")
     try:
         # `fromlist` is a third faster than the constructor.
@@ -98,7 +99,7 @@ def compute_block_hash_for_seq(
     that is not a u32, a block size below 1 or a malformed multimodal entry.
     """
     _check_block_size(kv_block_size)
-    data = _token_bytes(tokens)
+    data = token_bytes(tokens)
     step = kv_block_size * _TOKEN_BYTES
     width = step + _TOKEN_BYTES if is_eagle else step
     seed = hash_seed(lora_name, cache_namespace)
@@ -124,7 +125,7 @@ def _mm_bytes(info: BlockMmInfo | None) -> bytes:
 
 def next_sequence_hash(parent: int | None, local: int) -> int:
     """The sequence hash of a block whose parent block has `parent`; the first block has none [K2]."""
-    return local if parent is None else xxh3_64_intdigest(_PAIR.pack(parent, local), SEED)
+    return local if parent is None else xxh3_64_intdigest(PAIR.pack(parent, local), SEED)
 
 
 def sequence_hashes(local_hashes: Sequence[int], parent: int | None = None) -> list[int]:
@@ -132,7 +133,7 @@ def sequence_hashes(local_hashes: Sequence[int], parent: int | None = None) -> l
 
     `parent` is the sequence hash of the block before the first one, if there is one.
     """
-    digest, pack = xxh3_64_intdigest, _PAIR.pack
+    digest, pack = xxh3_64_intdigest, PAIR.pack
     chained: list[int] = []
     if not local_hashes:
         return chained
@@ -170,7 +171,7 @@ class BlockHasher:
         width = size + 1 if self._eagle else size
         if len(self._open) < width:
             return []
-        data = _token_bytes(self._open)
+        data = token_bytes(self._open)
         full: list[tuple[int, int]] = []
         for start in range(0, len(self._open) - width + 1, size):
             at = start * _TOKEN_BYTES

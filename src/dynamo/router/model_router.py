@@ -20,6 +20,7 @@ from dynamo.router.event_feed import KvEventFeed
 from dynamo.router.fleet_feed import FleetFeed
 from dynamo.router.load_feed import LoadFeed
 from dynamo.router.overload import Overload
+from dynamo.router.prompt_hashes import PromptHashes
 from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue, Waiting
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.replica_sync import ReplicaSync
@@ -129,6 +130,7 @@ class ModelRouter:
         if expiry_s != self.config.active_request_expiry_secs:
             self.config = self.config.with_overrides(active_request_expiry_secs=expiry_s)
         self.stats = RouterStats()
+        self._hashes = PromptHashes(self.block_size)
         self.index: TierIndex | None = None
         self.guess: ApproximateIndex | None = None
         source = self._make_source(keep_contents)
@@ -327,6 +329,7 @@ class ModelRouter:
             metadata=metadata,
             is_eagle=eagle,
             stats=self.stats,
+            hashes_of=self._hashes,
         )
 
     def ranks_of(self, worker_id: int) -> Sequence[WorkerKey]:

@@ -10,6 +10,7 @@ from typing import Any
 from dynamo.llm.block_hash import BlockMmInfo, compute_block_hash_for_seq, sequence_hashes
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
 from dynamo.router.config import LINEAR_WEIGHTS
+from dynamo.router.prompt_hashes import PromptHashes
 from dynamo.router.stats import RouterStats
 from dynamo.router.types import RouteRequest, RouterOverride, WorkerKey
 from dynamo.runtime.errors import InvalidArgument
@@ -34,10 +35,13 @@ def hash_prompt(
         return sequence_hashes(
             compute_block_hash_for_seq(token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace)
         )
+    return _timed(stats, token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace)
+
+
+def _timed(stats: RouterStats, *what: Any) -> list[int]:
+    """Hash all anew, and note how long it takes."""
     start = perf_counter()
-    local_hashes = compute_block_hash_for_seq(
-        token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace
-    )
+    local_hashes = compute_block_hash_for_seq(*what)
     middle = perf_counter()
     hashes = sequence_hashes(local_hashes)
     stats.block_hashing_ms.observe((middle - start) * 1000)
@@ -54,21 +58,33 @@ def route_request(
     metadata: Mapping[str, str] | None = None,
     is_eagle: bool = False,
     stats: RouterStats | None = None,
+    hashes_of: PromptHashes | None = None,
 ) -> RouteRequest:
     """Read a preprocessed request. `workers` are the ranks of each worker, for pins to a worker.
+
+    With `hashes_of` what was hashed before is looked up there.
 
     Raises:
         InvalidArgument: an override that cannot be meant, or a rank without a worker where ranks are not alike.
     """
-    routing = request.routing or _EMPTY
-    hashes = hash_prompt(
-        request.token_ids,
-        block_size,
-        stats,
-        lora_name=routing.lora_name,
-        is_eagle=is_eagle,
-        cache_namespace=routing.cache_salt,
-    )
+    routing = request.routing
+    tokens = request.token_ids
+    if hashes_of is None or is_eagle:
+        given = routing or _EMPTY
+        hashes = hash_prompt(
+            tokens, block_size, stats, lora_name=given.lora_name, is_eagle=is_eagle, cache_namespace=given.cache_salt
+        )
+    elif stats is not None and stats.is_timed("hash"):
+        given = routing or _EMPTY
+        hashes = _timed(stats, tokens, block_size, None, given.lora_name, None, given.cache_salt)
+    elif routing is None:
+        hashes = hashes_of.of(tokens)
+    else:
+        hashes = hashes_of.of(tokens, routing.lora_name, routing.cache_salt)
+    if routing is None:
+        if request.agent_context is None and request.router_config_override is None and not metadata:
+            return RouteRequest(request_id=request_id, token_count=len(tokens), sequence_hashes=hashes)
+        routing = _EMPTY
     return RouteRequest(
         request_id=request_id,
         token_count=len(request.token_ids),
