@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynamo.nixl_connect.connection import Connection
-from dynamo.nixl_connect.device import Device, DeviceKind
+from dynamo.nixl_connect.device import Device, DeviceKind, device_of
 from dynamo.nixl_connect.errors import InvalidState, InvalidType, InvalidValue
 from dynamo.nixl_connect.metadata import SerializedDescriptor
 from dynamo.nixl_connect.region import Region
@@ -131,7 +131,7 @@ def as_list(descriptors: Descriptor | list[Descriptor], name: str) -> list[Descr
             raise InvalidType(f"`{name}` holds {type(one).__name__}; give a Descriptor or a list of them", name)
         if one.size == 0 or one.ptr == 0:
             raise InvalidValue(f"`{name}` holds {one!r}, which is no memory that could move", name)
-    if len({one.device.kind for one in several}) > 1:
+    if len(several) > 1 and len({one.device.kind for one in several}) > 1:
         raise InvalidValue(f"`{name}` mixes host and device memory; use one operation for each kind", name)
     return several
 
@@ -161,7 +161,7 @@ def _located(data: Any) -> tuple[int, int, Device, Any]:
         array, device = data
         return _array_located(array, device if isinstance(device, Device) else Device(device))
     if isinstance(data, tuple) and len(data) in (3, 4) and all(isinstance(number, int) for number in data[:2]):
-        device = data[2] if isinstance(data[2], Device) else Device(data[2])
+        device = data[2] if isinstance(data[2], Device) else device_of(data[2])
         return data[0], data[1], device, data[3] if len(data) == 4 else None
     raise InvalidType(f"Descriptor: `data` is {type(data).__name__}; give {FORMS}", "data")
 

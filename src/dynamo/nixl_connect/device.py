@@ -1,6 +1,7 @@
 """Where does a piece of memory live?"""
 
 import enum
+import functools
 import re
 
 from dynamo.nixl_connect.errors import InvalidType, InvalidValue
@@ -79,3 +80,9 @@ class Device:
 
     def __repr__(self) -> str:
         return f"Device(kind={self._kind}, id={self._id})"
+
+
+@functools.lru_cache(256)  # a machine has few; parsing a name for each of 500 descriptors would cost a millisecond
+def device_of(text: str) -> Device:
+    """The device of that name."""
+    return Device(text)

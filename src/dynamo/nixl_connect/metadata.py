@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from dynamo.nixl_connect.device import Device, DeviceKind
+from dynamo.nixl_connect.device import DeviceKind, device_of
 from dynamo.nixl_connect.errors import InvalidType, InvalidValue
 from dynamo.nixl_connect.kinds import OperationKind
 
@@ -37,7 +37,7 @@ class SerializedDescriptor(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, value: str) -> str:
-        device = Device(value)
+        device = device_of(value)
         if device.kind is DeviceKind.UNSPECIFIED:
             raise ValueError("`device` must be 'cpu', 'cuda:<id>' or 'xpu:<id>'")
         return value.strip().lower()

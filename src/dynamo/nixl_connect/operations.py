@@ -14,10 +14,12 @@ from typing import Any, Self
 from dynamo.nixl_connect.agent import Agent
 from dynamo.nixl_connect.connection import Connection, Remote
 from dynamo.nixl_connect.descriptor import Descriptor, as_list, refuse_constants
+from dynamo.nixl_connect.device import device_of
 from dynamo.nixl_connect.errors import InvalidState, InvalidType, InvalidValue
 from dynamo.nixl_connect.flight import Flight
 from dynamo.nixl_connect.kinds import OperationKind, OperationStatus
-from dynamo.nixl_connect.metadata import RdmaMetadata, pack, unpack
+from dynamo.nixl_connect.metadata import RdmaMetadata, SerializedDescriptor, pack, unpack
+from dynamo.nixl_connect.region import Region
 from dynamo.nixl_connect.remotes import Peer
 from dynamo.nixl_connect.waiting import outcome
 
@@ -146,13 +148,15 @@ class ActiveOperation(AbstractOperation):
             raise InvalidValue("`notification_key` is empty", "notification_key")
         agent_metadata = unpack(remote_metadata.nixl_metadata)
         super().__init__(connection, operation_kind, local_descriptors, remote_metadata.notification_key)
-        self._remote_descriptors = as_list(remote_metadata.to_descriptors(), "descriptors")
-        _refuse_other_sizes(self._local, self._remote_descriptors)
+        self._remote_metadata = remote_metadata
+        _refuse_other_sizes(self._local, remote_metadata.descriptors)
         self._begin(agent_metadata)
 
     def _begin(self, agent_metadata: bytes) -> None:
-        agent, flight, remote = self._connection.agent, self._flight, self._remote_descriptors
-        regions = [descriptor._region for descriptor in remote]
+        agent, flight = self._connection.agent, self._flight
+        regions = [Region(d.ptr, d.size, device_of(d.device), None) for d in self._remote_metadata.descriptors]
+        if len({region.device.kind for region in regions}) > 1:
+            raise InvalidValue("`descriptors` mixes host and device memory; use one operation for each", "descriptors")
 
         def begin() -> Peer:
             peer = agent.load_peer(agent_metadata, [region.identity for region in regions])
@@ -169,7 +173,7 @@ class ActiveOperation(AbstractOperation):
         return self._remote
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, remote_descriptors={_words(self._remote_descriptors)})"
+        return f"{super().__repr__()[:-1]}, remote_descriptors={_words(self._remote_metadata.descriptors)})"
 
 
 class ReadOperation(ActiveOperation):
@@ -213,7 +217,7 @@ def _fail_with(agent: Agent, promise: "Future[Any]", flight: Flight) -> None:
     promise.add_done_callback(check)
 
 
-def _refuse_other_sizes(local: Sequence[Descriptor], remote: Sequence[Descriptor]) -> None:
+def _refuse_other_sizes(local: Sequence[Descriptor], remote: Sequence[SerializedDescriptor]) -> None:
     if len(local) != len(remote):
         raise InvalidValue(
             f"`local_descriptors` are {len(local)}, the peer's are {len(remote)}; give one for each",
@@ -227,5 +231,5 @@ def _refuse_other_sizes(local: Sequence[Descriptor], remote: Sequence[Descriptor
             )
 
 
-def _words(descriptors: Sequence[Descriptor]) -> str:
+def _words(descriptors: Sequence[Descriptor] | Sequence[SerializedDescriptor]) -> str:
     return str(descriptors[0]) if len(descriptors) == 1 else str(list(descriptors))

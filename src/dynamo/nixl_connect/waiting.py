@@ -9,4 +9,6 @@ T = TypeVar("T")
 
 async def outcome(promise: "Future[T]") -> T:
     """The promise's result, which the thread that made it bounds in time. Cancelling the wait leaves it alone."""
+    if promise.done():
+        return promise.result()
     return await asyncio.wrap_future(promise)
