@@ -406,17 +406,13 @@ class BlockIndex(Generic[H]):
         tree, bit, unknown, done = self._tree, slot.bit, 0, 0
         while done < len(seqs):
             run = tree.run_of(seqs[done])
-            together = run.shared_end(seqs, done) if run.mask == bit and not (run.children or slot.holes) else 0
-            if together:
-                tree.drop_end(run, together)
-                slot.blocks -= together
-                done += together
-                continue
-            if run.mask & bit and seqs[done] not in slot.holes:
+            together = 0 if slot.holes else tree.drop_end(run, bit, seqs, done)
+            slot.blocks -= together
+            if not together and run.mask & bit and seqs[done] not in slot.holes:
                 self._release(slot, seqs[done])
-            else:
+            elif not together:
                 unknown += 1
-            done += 1
+            done += together or 1
         return unknown
 
     def _release(self, slot: _Slot[H], seq: int) -> None:
@@ -491,14 +487,7 @@ class BlockIndex(Generic[H]):
         slot = self._slots.get(holder)
         if slot is None:
             return Account([], frozenset(), None, {})
-        runs = [
-            HeldRun(
-                run.parent.seqs[-1] if run.parent is not tree.root else None,
-                run.seqs.tolist(),
-                run.locals.tolist() if run.locals is not None else [],
-            )
-            for run in tree.reached(slot.bit)
-        ]
+        runs = [HeldRun(*told) for told in tree.told(slot.bit)]
         if slot.names is None:
             return Account(runs, frozenset(slot.holes), None, {})
         names = {seq: name for name, seq in slot.names.items()}

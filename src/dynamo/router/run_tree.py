@@ -12,7 +12,7 @@ once in some million blocks: with two million in one piece, nothing else would h
 import sys
 from array import array
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import repeat
 from operator import delitem, setitem
 
@@ -165,8 +165,14 @@ class RunTree:
         self._free(run)
         return parent
 
-    def drop_end(self, run: Run, count: int) -> None:
-        """Drop the last blocks of a run that nothing follows and one holder reaches."""
+    def drop_end(self, run: Run, bit: int, seqs: list[int], done: int) -> int:
+        """Drop blocks from the end of a run backwards, as far as they are those of `seqs` from `done` on.
+
+        Returns how many; 0 too if others reach the run, or anybody what follows it.
+        """
+        count = run.shared_end(seqs, done) if run.mask == bit and not run.children else 0
+        if not count:
+            return 0
         dropped = run.seqs[-count:]
         last_bits = dropped.tobytes()[LOW_BYTE::8].translate(LAST_BITS_OF_BYTE)
         deque(map(delitem, map(self.ids.__getitem__, last_bits), dropped), maxlen=0)
@@ -178,6 +184,7 @@ class RunTree:
             run.mask = 0
             run.parent.children.discard(run)
             self._free(run)
+        return count
 
     def drop_last(self, run: Run, bit: int) -> Run:
         """Take a holder out of the last block of a run. Returns the run of the block before, maybe the root."""
@@ -222,6 +229,12 @@ class RunTree:
             found.append(run)
             waiting.extend(child for child in run.children if child.mask & bit)
         return found
+
+    def told(self, bit: int) -> Iterator[tuple[int | None, list[int], list[int]]]:
+        """Of the same runs: the block before each, its blocks, and their local hashes where they are kept."""
+        for run in self.reached(bit):
+            before = run.parent.seqs[-1] if run.parent is not self.root else None
+            yield before, run.seqs.tolist(), run.locals.tolist() if run.locals is not None else []
 
     # --- leaving
 
