@@ -119,6 +119,12 @@ async def test_other_than_descriptors_is_refused(wrong: object) -> None:
         await Connector().create_readable(wrong)
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan")])
+def test_every_operation_must_end_some_time(seconds: float) -> None:
+    with pytest.raises(InvalidValue, match="DYN_NIXL_TIMEOUT_SECS"):
+        Connector(timeout_s=seconds)
+
+
 async def test_other_than_metadata_is_refused() -> None:
     with pytest.raises(InvalidType, match="remote_metadata"):
         await Connector().begin_read({"descriptors": []}, Descriptor(bytearray(3)))

@@ -143,3 +143,19 @@ async def released(memory: "weakref.ref[np.ndarray]") -> None:
         while memory() is not None:
             gc.collect()
             await asyncio.sleep(0.01)
+
+
+async def test_a_second_reader_of_the_same_offer_is_noticed(
+    connector: Connector, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, _ = watched()
+    offer = await connector.create_readable(source)
+    for reader in (Connector("first"), Connector("second")):
+        read = await reader.begin_read(offer.metadata(), Descriptor(bytearray(SIZE)))
+        await read.wait_for_completion()
+        await offer.wait_for_completion()
+    with await connector.create_readable(source):
+        async with asyncio.timeout(5):
+            while "second-1" not in caplog.text:
+                await asyncio.sleep(0.01)
+    assert "used metadata a second time" in caplog.text

@@ -4,8 +4,7 @@ import socket
 import uuid
 
 from dynamo.nixl_connect.connection import Connection
-from dynamo.nixl_connect.descriptor import Descriptor
-from dynamo.nixl_connect.errors import InvalidType
+from dynamo.nixl_connect.errors import InvalidType, InvalidValue
 from dynamo.nixl_connect.metadata import RdmaMetadata
 from dynamo.nixl_connect.operations import (
     Descriptors,
@@ -16,8 +15,6 @@ from dynamo.nixl_connect.operations import (
     begun,
 )
 from dynamo.runtime.options import env_number
-
-__all__ = ["Connector", "Descriptor"]
 
 DEFAULT_TIMEOUT_S = 300.0  # an offer may wait for a request that is queued; then its memory is taken back
 
@@ -35,6 +32,10 @@ class Connector:
             raise InvalidType(f"`worker_id` is {worker_id!r}; give a non-empty str or None", "worker_id")
         self._worker_id = worker_id or uuid.uuid4().hex
         self._timeout_s = env_number("DYN_NIXL_TIMEOUT_SECS", DEFAULT_TIMEOUT_S) if timeout_s is None else timeout_s
+        if not 0 < self._timeout_s < float("inf"):
+            raise InvalidValue(
+                f"`timeout_s` (DYN_NIXL_TIMEOUT_SECS) is {self._timeout_s}; give seconds over 0", "timeout_s"
+            )
         self._connection: Connection | None = None
 
     @property
