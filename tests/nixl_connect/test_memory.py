@@ -156,6 +156,6 @@ async def test_a_second_reader_of_the_same_offer_is_noticed(
         await offer.wait_for_completion()
     with await connector.create_readable(source):
         async with asyncio.timeout(5):
-            while "second-1" not in caplog.text:
+            while "second-1" not in caplog.text:  # noqa: ASYNC110 - the log has no event
                 await asyncio.sleep(0.01)
     assert "used metadata a second time" in caplog.text

@@ -42,6 +42,7 @@ T = TypeVar("T")
 FIRST_POLL_S = 0.0001  # a 1 MB transfer over TCP takes 1.4 ms
 POLL_SHARE = 0.125  # of the time waited so far: asking adds at most that to any wait
 LAST_POLL_S = 0.025  # 40 times a second, 0.4 % of a core
+SWEEP_S = 0.1  # between two looks at the deadlines of all offers, of which there may be thousands
 WITHDRAWN_S = 5.0  # an offer's memory outlives it, for a peer that is reading: over TCP, taking it away crashes us
 DRAIN_S = 30.0  # a cancelled transfer that NIXL still holds after that is reported; its memory stays kept
 STOP_S = 2.0  # for the thread to let go of the agent when the process ends
@@ -82,7 +83,7 @@ class Agent:
         self._finished: OrderedDict[bytes, None] = OrderedDict()
         self._withdrawn: list[tuple[float, list[Region]]] = []  # until when which memory stays registered
         self._later: list[Callable[[], None]] = []
-        self._waiting_since = self._last_look = 0.0
+        self._waiting_since = self._last_look = self._last_sweep = 0.0
         self._closed: TransferFailed | None = None
         self._thread = threading.Thread(target=self._run, name=f"nixl-{name}", daemon=True)
         self._thread.start()
@@ -316,7 +317,8 @@ class Agent:
             work = self._inbox.get_nowait()
             if work is not None:
                 work()
-        for attempt in self._later:
+        later, self._later = self._later, []
+        for attempt in later:
             attempt()
         self._nixl = None  # ends NIXL's own thread
 
@@ -347,15 +349,20 @@ class Agent:
             self._transfers.remove(flight)
         if self._offers:
             self._hear()
-            for flight in {f for f in self._offers.values() if now > f.deadline}:
-                what = f"nobody came for this {flight.kind} within {self.patience_s:g} s; the offer is withdrawn"
-                self._withdraw(flight, OperationStatus.ERRORED, TransferTimeout(what))
+            if now > self._last_sweep + SWEEP_S:
+                self._last_sweep = now
+                self._withdraw_late(now)
         while self._withdrawn and now > self._withdrawn[0][0]:
             for region in self._withdrawn.pop(0)[1]:
                 self.let_go(region)
         later, self._later = self._later, []
         for attempt in later:
             attempt()
+
+    def _withdraw_late(self, now: float) -> None:
+        for flight in {f for f in self._offers.values() if now > f.deadline}:
+            what = f"nobody came for this {flight.kind} within {self.patience_s:g} s; the offer is withdrawn"
+            self._withdraw(flight, OperationStatus.ERRORED, TransferTimeout(what))
 
     def _is_over(self, flight: Flight, now: float) -> bool:
         try:
@@ -373,7 +380,12 @@ class Agent:
         return False  # kept with its memory until NIXL says that it has ended
 
     def _hear(self) -> None:
-        for sender, words in self._nixl.getNotifs({}, []).items():
+        try:
+            heard = self._nixl.getNotifs({}, [])
+        except self._failures.any as e:  # the offers' deadlines hold all the same
+            log.warning("%s cannot hear its peers: %s", self.name, e)
+            return
+        for sender, words in heard.items():
             for word in words:
                 flight = self._offers.get(word)
                 if flight is None:

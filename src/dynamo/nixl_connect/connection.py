@@ -47,7 +47,7 @@ class Connection:
 
     async def initialize(self) -> None:
         """Make the agent now rather than with the first operation."""
-        await outcome(self.agent.call(self.agent.start))
+        await outcome(self.agent.call(self.agent.start), self.agent.patience_s)
 
     def __str__(self) -> str:
         return self._name

@@ -56,7 +56,7 @@ class AbstractOperation:
 
         Raises TransferTimeout at the connector's deadline, PeerGone, PeerCancelled or TransferFailed.
         """
-        await outcome(self._flight.over)
+        await outcome(self._flight.over, self._connection.agent.patience_s)
 
     def cancel(self) -> None:
         """Give it up. Does nothing if it is over.
@@ -200,7 +200,7 @@ class WriteOperation(ActiveOperation):
 async def begun(operation: AbstractOperation) -> None:
     """Wait until NIXL has the operation. If the waiting is cancelled, so is the operation."""
     try:
-        await outcome(operation._flight.begun)
+        await outcome(operation._flight.begun, operation.connection.agent.patience_s)
     except BaseException:
         operation.cancel()
         raise
