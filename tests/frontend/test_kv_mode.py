@@ -1,12 +1,18 @@
 """Does `--router-mode kv` send requests to where their prefixes are, and say so?"""
 
 import asyncio
+import gc
 import logging
 import random
 
 import pytest
 
+from dynamo.frontend.engine_stream import EngineStream
+from dynamo.frontend.route import Route
 from dynamo.frontend.service import FrontendService
+from dynamo.frontend.stream_answer import StreamAnswer
+from dynamo.frontend.unary_answer import UnaryAnswer
+from dynamo.router.ticket import Ticket
 from tests.frontend.front_door import CHAT, COMPLETIONS, StartFrontend, Wire, ask, chat, fetch, model_ready
 from tests.frontend.kv_fleet import (
     Mocker,
@@ -265,3 +271,19 @@ async def test_the_account_ends_at_zero_whatever_clients_do(
     assert router.queue.pending == 0
     assert not router._tickets
     assert router.stats.leaked_bookings == 0
+
+
+async def test_requests_leave_no_cycles_for_the_garbage_collector(fleet: Fleet) -> None:
+    service, _ = fleet
+    wire = await Wire.open(service.port)
+    kinds = (EngineStream, Route, Ticket, StreamAnswer, UnaryAnswer)
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(6):
+            wire.post(CHAT, chat(story(number), max_tokens=2, stream=bool(number % 2)))
+            assert (await wire.read()).status == 200
+        await eventually(lambda: not any(isinstance(each, kinds) for each in gc.get_objects()))
+    finally:
+        gc.enable()
+        wire.close()

@@ -6,8 +6,9 @@ A `Route` is one prompt's account: asked for a worker, booked at it, closed at t
 from collections.abc import Callable
 
 from dynamo.llm.protocols.engine import PreprocessedRequest
-from dynamo.router.model_router import ModelRouter, Ticket
+from dynamo.router.model_router import ModelRouter
 from dynamo.router.route_request import check_override
+from dynamo.router.ticket import Ticket
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException

@@ -26,9 +26,10 @@ from dynamo.llm.protocols.engine import (
 )
 from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
 from dynamo.router.constraints import RoutingConstraints
-from dynamo.router.model_router import ModelRouter, Ticket
+from dynamo.router.model_router import ModelRouter
 from dynamo.router.overlap_report import overlap_report
 from dynamo.router.route_request import hash_prompt
+from dynamo.router.ticket import Ticket
 from dynamo.router.types import Decision, RouteRequest, RouterOverride, WorkerKey
 from dynamo.runtime.client import Client, ResponseIterator
 from dynamo.runtime.component import Endpoint

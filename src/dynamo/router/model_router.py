@@ -21,7 +21,7 @@ from dynamo.router.fleet_feed import FleetFeed
 from dynamo.router.load_feed import LoadFeed
 from dynamo.router.overload import Overload
 from dynamo.router.prompt_hashes import PromptHashes
-from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue, Waiting
+from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.replica_sync import ReplicaSync
 from dynamo.router.route_request import route_request
@@ -29,6 +29,7 @@ from dynamo.router.router_metrics import RouterMetrics, base_labels
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
+from dynamo.router.ticket import Ticket
 from dynamo.router.tier_index import TierIndex
 from dynamo.router.timed_source import TimedSource
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
@@ -42,53 +43,6 @@ log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 SOFT_BATCHES = 4  # engine steps' worth of queued prompt tokens from which a soft session goes elsewhere; about a second
-
-
-class Ticket:
-    """One request on its way: in the queue, at a worker, or over. All calls may be made at any time, and repeated."""
-
-    __slots__ = ("_on_decision", "_on_error", "_router", "_waiting", "decision", "expires", "first_token_at", "request")
-
-    def __init__(
-        self, router: "ModelRouter", request: RouteRequest, on_decision: OnDecision, on_error: OnError, expires: bool
-    ) -> None:
-        self._router = router
-        self._on_decision = on_decision
-        self._on_error = on_error
-        self._waiting: Waiting | None = None
-        self.request = request
-        self.expires = expires
-        """Whether its owner may forget it: then it ends by itself after `active_request_expiry_secs`."""
-        self.decision: Decision | None = None
-        """Where it was sent; None while it is not."""
-        self.first_token_at: float | None = None
-
-    def cancel(self) -> None:
-        """Nobody wants it any more: no callback follows, and nothing stays booked."""
-        self._router.queue.cancel(self._waiting)
-        self.free()
-
-    def first_token(self) -> None:
-        """The worker made its first token: its prompt is computed."""
-        if self.first_token_at is None and self.decision is not None:
-            self._router._first_token(self)
-
-    def output_block(self) -> None:
-        """It generated one more block of tokens [K30]."""
-        self._router.scheduler.output_block(self.request.request_id)
-
-    def free(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
-        """It ended, however it did. `output_tokens` of one that ended in order, `cached_tokens` as the worker said."""
-        self._router._free(self, output_tokens, cached_tokens)
-
-    def _decided(self, decision: Decision) -> None:
-        self.decision = decision
-        self._router._decided(self.request, decision)
-        self._on_decision(decision)
-
-    def _failed(self, error: DynamoException) -> None:
-        self._router._failed(self.request)
-        self._on_error(error)
 
 
 class ModelRouter:
@@ -370,14 +324,15 @@ class ModelRouter:
             ticket._failed(e)
             return ticket
         begin = perf_counter() if timed else 0.0
-        ticket._waiting = self.queue.route(
+        waiting = self.queue.route(
             request, now, ticket._decided, ticket._failed, explain=explain or log.isEnabledFor(logging.DEBUG)
         )
         if timed:
             end = perf_counter()
             stats.scheduling_ms.observe((end - begin) * 1000)
             stats.total_ms.observe((end - start) * 1000)
-        if ticket._waiting is not None:
+        if waiting is not None:
+            ticket._waiting = waiting
             self._arm()
         return ticket
 
