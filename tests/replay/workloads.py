@@ -6,7 +6,7 @@ from pathlib import Path
 from dynamo.mocker.batching import SchedulerConfig
 from dynamo.replay.experiment import Experiment, Outcome
 from dynamo.replay.routing import make_routing
-from dynamo.replay.simulate import Arrivals, Record, Simulation
+from dynamo.replay.simulate import Arrivals, Record, Recorder, Simulation
 from dynamo.replay.traces import SyntheticWorkload, TraceRequest
 from dynamo.router.config import KvRouterConfig
 
@@ -48,7 +48,7 @@ def simulate(
         workers,
         limits,
         make_routing(policy, workers, limits, config=config, event_lag_s=event_lag_s, seed=seed),
-        on_record=records.append,
+        recorder=Recorder(on_record=records.append),
     )
     if stepping:
         for worker in simulation.workers:

@@ -1,7 +1,7 @@
 """How does a program replay a trace?
 
-The functions and arguments of ai-dynamo's `dynamo.replay`. What this version does not simulate (separate prefill and
-decode pools, a planner in the loop, foreign performance models, replay in real time) is refused by name.
+The functions and arguments of ai-dynamo's `dynamo.replay`. What this version does not simulate (a planner in the loop,
+foreign performance models, replay in real time) is refused by name.
 """
 
 import difflib
@@ -16,6 +16,7 @@ import msgspec
 
 from dynamo.replay.experiment import EngineLimits, Experiment, record_dict
 from dynamo.replay.measures import Sample
+from dynamo.replay.pools import Pools
 from dynamo.replay.report import ReplayReport, ReplayTelemetryDetails, telemetry_sample
 from dynamo.replay.routing import BASELINES
 from dynamo.replay.simulate import Goal, Record
@@ -26,8 +27,6 @@ StrPath = str | os.PathLike[str]
 Sampled = Callable[[dict[str, Any]], None]
 
 _NOT_YET = {
-    "prefill_engine_args": "separate prefill and decode pools are not simulated",
-    "decode_engine_args": "separate prefill and decode pools are not simulated",
     "ais_perf_config": "only the default timing curves are simulated",
     "planner_config": "no planner is simulated",
     "agentic_lanes": "agentic traces are not read",
@@ -64,6 +63,8 @@ def run_trace_replay(
     trace_files: Sequence[StrPath] | StrPath,
     *,
     extra_engine_args: Mapping[str, Any] | None = None,
+    prefill_engine_args: Mapping[str, Any] | None = None,
+    decode_engine_args: Mapping[str, Any] | None = None,
     router_config: KvRouterConfig | None = None,
     num_workers: int = 1,
     replay_concurrency: int | None = None,
@@ -86,12 +87,19 @@ def run_trace_replay(
     model_name: str | None = None,
     num_prefill_workers: int = 1,
     num_decode_workers: int = 1,
+    split_policy: str | None = None,
+    first_from_decode: bool = False,
     performance_model_metadata: Mapping[str, Any] | None = None,
     benchmark_granularity: int = 8,
     capture_planner_details: bool = True,
     **unsupported: Any,
 ) -> ReplayReport:
     """Simulate the requests of trace files on `num_workers` engines.
+
+    With `prefill_engine_args` and `decode_engine_args` there are two pools instead, of `num_prefill_workers` and
+    `num_decode_workers`. Which prompts go to the former, `split_policy` says (a name of `dynamo.router.split`), or
+    `router_config`; all, if neither does. `first_from_decode` counts the first token as ai-dynamo's replay does, when
+    the decode worker repeats it, and not when the prefill worker has it.
 
     `router_mode` is `round_robin`, `kv_router` (with the policy of `router_config`), or a policy's name.
     `trace_format` is `mooncake` or `azure`. Times are milliseconds of the virtual clock.
@@ -100,12 +108,20 @@ def run_trace_replay(
         TraceError: a file is not what it must be; names the line.
         ValueError: an argument cannot be meant, or asks for what is not simulated.
     """
-    del model_name, num_prefill_workers, num_decode_workers  # of pools there are none
+    del model_name
     del performance_model_metadata, benchmark_granularity, capture_planner_details  # of a planner there is none
     _refuse(replay_mode, unsupported)
     if trace_format not in FORMATS:
         raise ValueError(f"trace_format must be one of {', '.join(FORMATS)}, got {trace_format!r}")
     files = [trace_files] if isinstance(trace_files, str | os.PathLike) else trace_files
+    fleet = engines(
+        extra_engine_args,
+        prefill_engine_args,
+        decode_engine_args,
+        num_prefill_workers=num_prefill_workers,
+        num_decode_workers=num_decode_workers,
+        first_from_decode=first_from_decode,
+    )
     config = router_config or KvRouterConfig()
     experiment = Experiment(
         trace_files=[os.fspath(path) for path in files],
@@ -114,7 +130,10 @@ def run_trace_replay(
         shared_prefix_ratio=trace_shared_prefix_ratio,
         num_prefix_groups=trace_num_prefix_groups,
         num_workers=num_workers,
-        engine=engine_limits(extra_engine_args),
+        engine=fleet.engine,
+        pools=fleet.pools,
+        prefill_engine=fleet.prefill_engine,
+        split=split_policy,
         policy=_policy(router_mode, config),
         router=config,
         speedup=arrival_speedup_ratio,
@@ -133,6 +152,8 @@ def run_synthetic_trace_replay(
     request_count: int,
     *,
     extra_engine_args: Mapping[str, Any] | None = None,
+    prefill_engine_args: Mapping[str, Any] | None = None,
+    decode_engine_args: Mapping[str, Any] | None = None,
     router_config: KvRouterConfig | None = None,
     num_workers: int = 1,
     replay_concurrency: int | None = None,
@@ -160,6 +181,8 @@ def run_synthetic_trace_replay(
     model_name: str | None = None,
     num_prefill_workers: int = 1,
     num_decode_workers: int = 1,
+    split_policy: str | None = None,
+    first_from_decode: bool = False,
     performance_model_metadata: Mapping[str, Any] | None = None,
     benchmark_granularity: int = 8,
     capture_planner_details: bool = True,
@@ -170,12 +193,20 @@ def run_synthetic_trace_replay(
     Raises:
         ValueError: an argument cannot be meant, or asks for what is not simulated.
     """
-    del model_name, num_prefill_workers, num_decode_workers
+    del model_name
     del performance_model_metadata, benchmark_granularity, capture_planner_details
     _refuse(replay_mode, unsupported)
     pace = [replay_concurrency, request_rate, arrival_interval_ms]
     if sum(value is not None for value in pace) != 1:
         raise ValueError("give exactly one of replay_concurrency, request_rate and arrival_interval_ms")
+    fleet = engines(
+        extra_engine_args,
+        prefill_engine_args,
+        decode_engine_args,
+        num_prefill_workers=num_prefill_workers,
+        num_decode_workers=num_decode_workers,
+        first_from_decode=first_from_decode,
+    )
     config = router_config or KvRouterConfig()
     experiment = Experiment(
         synthetic=SyntheticWorkload(
@@ -194,7 +225,10 @@ def run_synthetic_trace_replay(
             seed=arrival_seed,
         ),
         num_workers=num_workers,
-        engine=engine_limits(extra_engine_args),
+        engine=fleet.engine,
+        pools=fleet.pools,
+        prefill_engine=fleet.prefill_engine,
+        split=split_policy,
         policy=_policy(router_mode, config),
         router=config,
         speedup=arrival_speedup_ratio,
@@ -291,24 +325,90 @@ def _fan_out_samples(takers: list[Sampled], total_blocks: int) -> Callable[[Samp
     return take
 
 
-def engine_limits(args: Mapping[str, Any] | None) -> EngineLimits:
-    """The engine from its arguments, nested under `engine` or flat. Raises ValueError naming what is wrong."""
-    given = dict(args or {})
+class Engines(msgspec.Struct, frozen=True):
+    """Which engines there are."""
+
+    engine: EngineLimits
+    prefill_engine: EngineLimits | None = None
+    pools: Pools | None = None
+
+
+def engines(
+    args: Mapping[str, Any] | None,
+    prefill_args: Mapping[str, Any] | None,
+    decode_args: Mapping[str, Any] | None,
+    *,
+    num_prefill_workers: int,
+    num_decode_workers: int,
+    first_from_decode: bool = False,
+) -> Engines:
+    """Of one kind, or of two if both kinds' arguments are given. The way between is the prefill engines' affair.
+
+    Raises:
+        ValueError: names what is wrong.
+    """
+    if prefill_args is None and decode_args is None:
+        return Engines(engine_limits(args))
+    if prefill_args is None or decode_args is None or args is not None:
+        raise ValueError(
+            "prefill_engine_args, decode_engine_args: give both and no extra_engine_args, or neither of the two"
+        )
+    prefill, way = _apart("prefill_engine_args", prefill_args, "prefill")
+    decode, _ = _apart("decode_engine_args", decode_args, "decode")
+    pools = {
+        "prefill_workers": num_prefill_workers,
+        "decode_workers": num_decode_workers,
+        "first_from_decode": first_from_decode,
+        **way,
+    }
+    try:
+        return Engines(
+            engine_limits(decode, "decode_engine_args"),
+            engine_limits(prefill, "prefill_engine_args"),
+            msgspec.convert(pools, Pools),
+        )
+    except msgspec.ValidationError as e:
+        raise ValueError(f"prefill_engine_args: {e}") from None
+
+
+_WAY = {
+    "kv_transfer_bandwidth": "kv_transfer_bandwidth",
+    "kv_transfer_bytes_per_token": "kv_bytes_per_token",
+    "kv_transfer_latency_ms": "kv_transfer_latency_ms",
+    "kv_transfer_timing_mode": "kv_transfer_timing_mode",
+}
+
+
+def _apart(name: str, args: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is said of the engine, and what of the way to others. Raises ValueError."""
+    given = _flat(args, name)
+    said = given.pop("worker_type", kind)
+    if said != kind:
+        raise ValueError(f"{name}.worker_type: must be {kind!r}, got {said!r}")
+    way = {ours: given.pop(theirs) for theirs, ours in _WAY.items() if theirs in given}
+    return given, {key: value for key, value in way.items() if value is not None}
+
+
+def _flat(args: Mapping[str, Any], name: str) -> dict[str, Any]:
+    given = dict(args)
     nested = given.pop("engine", {})
     if not isinstance(nested, Mapping):
-        raise ValueError("extra_engine_args.engine: must be a mapping")  # noqa: TRY004 - as all that is wrong here
-    given |= nested
+        raise ValueError(f"{name}.engine: must be a mapping")  # noqa: TRY004 - as all that is wrong here
+    return given | dict(nested)
+
+
+def engine_limits(args: Mapping[str, Any] | None, name: str = "extra_engine_args") -> EngineLimits:
+    """The engine from its arguments, nested under `engine` or flat. Raises ValueError naming what is wrong."""
+    given = _flat(args or {}, name)
     known = EngineLimits.__struct_fields__
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
-                f"extra_engine_args.{name}: is not simulated" + (f"; did you mean {near[0]}?" if near else "")
-            )
+    for field in given:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, n=1)
+            raise ValueError(f"{name}.{field}: is not simulated" + (f"; did you mean {near[0]}?" if near else ""))
     try:
         return msgspec.convert(given, EngineLimits)
     except msgspec.ValidationError as e:
-        raise ValueError(f"extra_engine_args: {e}") from None
+        raise ValueError(f"{name}: {e}") from None
 
 
 def _policy(router_mode: str, config: KvRouterConfig) -> str:

@@ -7,10 +7,12 @@ from pathlib import Path
 import msgspec
 
 from dynamo.replay.experiment import EngineLimits, Experiment
+from dynamo.replay.pools import Pools
 from dynamo.replay.routing import routing_names
 from dynamo.replay.simulate import Goal
 from dynamo.replay.traces import FORMATS, SyntheticWorkload
 from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
+from dynamo.router.split import POLICIES as SPLIT_POLICIES
 from dynamo.runtime.options import OptionParser
 
 
@@ -87,6 +89,21 @@ def _fleet(parser: OptionParser) -> None:
     option(group, "--preemption-mode", choices=("lifo", "fifo"), default="lifo", help="who is pushed out")
     option(group, "--speedup-ratio", type=float, default=1.0, help="engines are so many times as fast")
     option(group, "--decode-speedup-ratio", type=float, default=1.0, help="decoding is, once more")
+    option(group, "--prefill-workers", "--num-prefill-workers", type=int, help="engines that only compute prompts")
+    option(group, "--decode-workers", "--num-decode-workers", type=int, help="engines that answer (both: no --workers)")
+    option(group, "--kv-transfer-bandwidth", type=float, default=64.0, help="between them in GB/s, 0 is no limit")
+    option(group, "--kv-bytes-per-token", type=int, help="that travel; if not given, KV takes no time on its way")
+    option(group, "--kv-transfer-latency-ms", type=float, default=0.0, help="of each transfer, whatever its length")
+    option(
+        group,
+        "--kv-transfer-timing-mode",
+        choices=("full_prompt", "destination_missing"),
+        default="full_prompt",
+        help="whether all of a prompt travels, or only what the decode worker lacks",
+    )
+    option(group, "--split-policy", choices=tuple(SPLIT_POLICIES), help="which prompts go to prefill workers")
+    option(group, "--router-conditional-disagg", type=bool, default=False, help="not all; by isl_bounding if not said")
+    option(group, "--router-conditional-disagg-config", help="JSON: policy, eff_isl_threshold, and so on")
     option(group, "--sla-ttft-ms", type=float, help="count requests that hold this")
     option(group, "--sla-itl-ms", type=float, help="and this")
     option(group, "--sla-e2e-ms", type=float, help="and this")
@@ -140,8 +157,10 @@ def _experiment(args: argparse.Namespace, policy: str) -> Experiment:
             speedup_ratio=args.speedup_ratio,
             decode_speedup_ratio=args.decode_speedup_ratio,
         ),
+        pools=_pools(args),
+        split=_split(args),
         policy=policy,
-        router=KvRouterConfig.from_json(args.router_config) if args.router_config else KvRouterConfig(),
+        router=_router(args),
         speedup=args.speedup,
         concurrency=args.concurrency,
         kv_event_lag_ms=args.kv_event_lag_ms,
@@ -149,6 +168,42 @@ def _experiment(args: argparse.Namespace, policy: str) -> Experiment:
         goal=Goal(args.sla_ttft_ms, args.sla_itl_ms, args.sla_e2e_ms),
         seed=args.seed,
     )
+
+
+def _pools(args: argparse.Namespace) -> Pools | None:
+    if args.prefill_workers is None and args.decode_workers is None:
+        return None
+    if args.prefill_workers is None or args.decode_workers is None:
+        raise ValueError("--prefill-workers, --decode-workers: give both, or --workers for engines that do both parts")
+    return Pools(
+        prefill_workers=args.prefill_workers,
+        decode_workers=args.decode_workers,
+        kv_transfer_bandwidth=args.kv_transfer_bandwidth,
+        kv_bytes_per_token=args.kv_bytes_per_token,
+        kv_transfer_latency_ms=args.kv_transfer_latency_ms,
+        kv_transfer_timing_mode=args.kv_transfer_timing_mode,
+    )
+
+
+def _split(args: argparse.Namespace) -> str | None:
+    """The policy asked for in one of two ways; the first is ours, the others are ai-dynamo's."""
+    if args.split_policy is not None:
+        return str(args.split_policy)
+    return _router(args).conditional_disagg_policy if args.router_conditional_disagg else None
+
+
+def _router(args: argparse.Namespace) -> KvRouterConfig:
+    config = KvRouterConfig.from_json(args.router_config) if args.router_config else KvRouterConfig()
+    if args.router_conditional_disagg_config is None:
+        return config
+    try:
+        given = msgspec.json.decode(args.router_conditional_disagg_config, type=dict[str, str | float | None])
+        return msgspec.convert(
+            msgspec.structs.asdict(config) | {f"conditional_disagg_{name}": given[name] for name in given},
+            KvRouterConfig,
+        )
+    except msgspec.DecodeError as e:
+        raise ValueError(f"--router-conditional-disagg-config: {e}") from None
 
 
 def _workload_of(args: argparse.Namespace) -> SyntheticWorkload:

@@ -1,7 +1,7 @@
 """What is one run of the simulator, all of it, and what came of it? Plain data, so that another process can do it."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,11 +9,16 @@ import msgspec
 
 from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
+from dynamo.replay.disagg import PooledSimulation
 from dynamo.replay.measures import Distribution, Sample
-from dynamo.replay.routing import make_routing, routing_names
-from dynamo.replay.simulate import Arrivals, Goal, Record, Simulation, Totals, numbered
+from dynamo.replay.pools import Pools
+from dynamo.replay.routing import Routing, make_routing, routing_names
+from dynamo.replay.simulate import Arrivals, Goal, Record, Recorder, Simulation, Totals, numbered
 from dynamo.replay.traces import SharedPrefixes, SyntheticWorkload, TraceRequest, count_lines, read_trace
+from dynamo.replay.worker import SimulatedWorker
 from dynamo.router.config import KvRouterConfig
+from dynamo.router.split import POLICIES as SPLIT_POLICIES
+from dynamo.router.split import SplitPolicy, split_policy
 
 BLOCK_LENGTH = 64  # tokens; also of made-up prompts, so that any engine block size of 2^n fits them
 
@@ -79,6 +84,12 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     num_workers: int = 4
     engine: EngineLimits = EngineLimits()
+    pools: Pools | None = None
+    """Prefill and decode workers, instead of `num_workers` that do both."""
+    prefill_engine: EngineLimits | None = None
+    """The prefill workers, if they are not like `engine`."""
+    split: str | None = None
+    """Which prompts travel: a name of `dynamo.router.split`, with the settings of `router`. None is what those say."""
     policy: str = "round-robin"
     router: KvRouterConfig = KvRouterConfig()
     speedup: float = 1.0
@@ -94,6 +105,10 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("trace_files: give trace files or a synthetic workload, one of the two")
         if self.policy not in routing_names():
             raise ValueError(f"policy must be one of {', '.join(routing_names())}, got {self.policy!r}")
+        if self.split is not None and self.split not in SPLIT_POLICIES:
+            raise ValueError(f"split must be one of {', '.join(SPLIT_POLICIES)}, got {self.split!r}")
+        if self.split is not None and self.pools is None:
+            raise ValueError("split: needs prefill and decode workers")
         if self.num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {self.num_workers}")
         if self.kv_event_lag_ms < 0:
@@ -132,31 +147,60 @@ class Experiment(msgspec.Struct, frozen=True, kw_only=True):
             TraceError: the trace does not say what it must, or asks for what no worker can serve.
             ValueError: settings that do not fit together.
         """
-        limits = self.engine.scheduler
-        routing = make_routing(
-            self.policy,
-            self.num_workers,
-            limits,
-            config=self.router,
-            event_lag_s=self.kv_event_lag_ms / 1000,
-            seed=self.seed,
-        )
-        simulation = Simulation(
-            Arrivals(self.requests(), speedup=self.speedup, concurrency=self.concurrency),
-            self.num_workers,
-            limits,
-            routing,
-            timing=self.engine.timing,
-            goal=self.goal,
-            sample_interval_s=self.sample_interval_ms / 1000,
-            on_record=on_record,
-            on_sample=on_sample,
-            on_progress=on_progress,
+        simulation = self._simulation(
+            Recorder(
+                goal=self.goal,
+                sample_interval_s=self.sample_interval_ms / 1000,
+                on_record=on_record,
+                on_sample=on_sample,
+                on_progress=on_progress,
+            )
         )
         began = time.perf_counter()
         until = float("inf") if self.max_sim_time_ms is None else self.max_sim_time_ms / 1000
         totals = simulation.run(until)
         return _outcome(self, simulation, totals, time.perf_counter() - began)
+
+    def _simulation(self, recorder: Recorder) -> Simulation:
+        arrivals = Arrivals(self.requests(), speedup=self.speedup, concurrency=self.concurrency)
+        limits, timing = self.engine.scheduler, self.engine.timing
+        if self.pools is None:
+            routing = self._routing(self.num_workers, limits)
+            return Simulation(arrivals, self.num_workers, limits, routing, timing=timing, recorder=recorder)
+        prefill = self.prefill_engine or self.engine
+        return PooledSimulation(
+            arrivals,
+            self.pools,
+            limits,
+            self._routing(self.pools.decode_workers, limits, selection=self.router.router_decode_policy),
+            self._routing(
+                self.pools.prefill_workers,
+                prefill.scheduler,
+                selection=self.router.router_prefill_policy,
+                router_track_active_blocks=False,  # what a prefill worker computed is soon elsewhere [G8]
+            ),
+            prefill_limits=prefill.scheduler,
+            split=self._split(),
+            timing=timing,
+            prefill_timing=prefill.timing,
+            recorder=recorder,
+        )
+
+    def _split(self) -> SplitPolicy:
+        return split_policy(self.router) if self.split is None else SPLIT_POLICIES[self.split](self.router)
+
+    def _routing(
+        self, workers: int, limits: SchedulerConfig, *, selection: str | None = None, **changes: Any
+    ) -> Routing:
+        return make_routing(
+            self.policy,
+            workers,
+            limits,
+            config=self.router.with_overrides(**changes),
+            event_lag_s=self.kv_event_lag_ms / 1000,
+            seed=self.seed,
+            selection=selection,
+        )
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,10 +246,41 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
     return {
         **workload,
         **arrivals,
-        "num_workers": experiment.num_workers,
+        **_fleet(experiment),
         **{name: value for name, value in msgspec.structs.asdict(experiment.engine).items() if value is not None},
         "kv_event_lag_ms": experiment.kv_event_lag_ms,
         "seed": experiment.seed,
+    }
+
+
+def _fleet(experiment: Experiment) -> dict[str, Any]:
+    pools = experiment.pools
+    if pools is None:
+        return {"num_workers": experiment.num_workers}
+    return {
+        "num_prefill_workers": pools.prefill_workers,
+        "num_decode_workers": pools.decode_workers,
+        "split": experiment._split().name,
+    }
+
+
+def _pool_summary(simulation: PooledSimulation) -> dict[str, Any]:
+    """What came of the two pools. `hold` is how long blocks stayed at prefill workers after they were computed."""
+    seconds = simulation.now
+    pools: dict[str, Sequence[SimulatedWorker]]
+    pools = {"prefill": simulation.prefill_workers, "decode": simulation.decode_workers}
+    return {
+        **{
+            f"{name}_busy_ratio": sum(worker.busy_s for worker in workers) / (seconds * len(workers))
+            if seconds
+            else 0.0
+            for name, workers in pools.items()
+        },
+        "local_requests": simulation.kept,
+        "remote_requests": simulation.totals.requests - simulation.kept,
+        "transferred_tokens": simulation.moved_tokens,
+        **simulation.transfers.summary("kv_transfer_ms", 1000),
+        **simulation.hold_s.summary("kv_hold_ms", 1000),
     }
 
 
@@ -217,7 +292,7 @@ def summarize(experiment: Experiment, simulation: Simulation, totals: Totals, wa
     cached = totals.cached_tokens / totals.input_tokens if totals.input_tokens else 0.0
     summary: dict[str, Any] = {
         "policy": experiment.policy,
-        "num_workers": experiment.num_workers,
+        **_fleet(experiment),
         "num_requests": totals.requests,
         "completed_requests": totals.completed,
         "refused_requests": totals.refused,
@@ -241,6 +316,8 @@ def summarize(experiment: Experiment, simulation: Simulation, totals: Totals, wa
         "num_tpot_samples": totals.tpot_s.count,
         "num_e2e_latency_samples": totals.e2e_s.count,
     }
+    if isinstance(simulation, PooledSimulation):
+        summary |= _pool_summary(simulation)
     if experiment.goal.set:
         summary |= {
             "goodput_completed_requests": totals.good,
@@ -284,5 +361,7 @@ def record_dict(record: Record) -> dict[str, Any]:
         "reported_overlap_tokens": record.overlap_tokens,
         "best_available_overlap_tokens": record.best_overlap_tokens,
         "decode_worker_idx": record.worker,
+        "prefill_worker_idx": record.prefill_worker,
+        "kv_transfer_ms": None if record.transfer_s is None else record.transfer_s * 1000,
         "terminal_status": "completed",
     }

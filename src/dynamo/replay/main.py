@@ -51,5 +51,9 @@ def _write(options: ReplayOptions, outcomes: Sequence[Outcome]) -> None:
     if options.html_path is not None:
         experiment = options.experiments[0]
         name = ", ".join(Path(path).name for path in experiment.trace_files) or "synthetic load"
-        title = f"Replay of {name} on {experiment.num_workers} workers"
+        pools = experiment.pools
+        fleet = f"{experiment.num_workers} workers"
+        if pools is not None:
+            fleet = f"{pools.prefill_workers} prefill and {pools.decode_workers} decode workers"
+        title = f"Replay of {name} on {fleet}"
         options.html_path.write_text(page(outcomes, title), encoding="utf-8")

@@ -6,6 +6,7 @@ hashes are then chained as everywhere (`dynamo.llm.block_hash`), so the real cac
 
 from collections.abc import Sequence
 
+import msgspec
 from xxhash import xxh3_64_intdigest
 
 from dynamo.llm.block_hash import sequence_hashes
@@ -55,19 +56,33 @@ def _combined(ids: Sequence[int]) -> int:
     return xxh3_64_intdigest(b"".join(id_.to_bytes(16, "little", signed=True) for id_ in ids))
 
 
+class Hold(msgspec.Struct):
+    """Blocks of a prefill worker that wait to be read: named ones, and how many others."""
+
+    names: list[int]
+    blanks: int
+
+
 class ReplayedSequence(EngineSequence):
     """A request under way, without tokens."""
 
     __slots__ = (
         "_names",
         "admitted_at",
+        "begun",
         "best_overlap_tokens",
         "first_token_at",
+        "held_at",
+        "hold",
         "output_blocks",
         "overlap_tokens",
+        "prefill_worker",
         "request",
+        "reused_tokens",
         "routed_at",
         "second_token_at",
+        "told_before",
+        "transfer_s",
         "worker",
     )
 
@@ -86,7 +101,36 @@ class ReplayedSequence(EngineSequence):
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.second_token_at: float | None = None
+        self.begun = False
+        """Whether its engine has made a token of it."""
+        self.told_before = False
+        """Whether its first token was told by another engine, which computed the prompt."""
+        self.reused_tokens: int | None = None
+        """Of its prompt, what the engine that computed it had cached, if that is another."""
+        self.prefill_worker: int | None = None
+        self.transfer_s: float | None = None
+        self.hold: Hold | None = None
+        self.held_at = now
         self._names = names
+
+    def prefill_part(self) -> "ReplayedSequence":
+        """The request for one token that another engine gets, so that this one need not compute the prompt."""
+        part = ReplayedSequence(self.id, self.request, self._names, self.contents[:], self.names[:], self.arrived_at)
+        part.max_tokens = 1
+        return part
+
+    def loaded(self) -> None:
+        """Its prompt's KV comes from elsewhere, but for the last position, which is computed as a token's is.
+
+        To the scheduler the prompt's last token is therefore one that was put out, and one more may be.
+        """
+        self.num_prompt -= 1
+        self.max_tokens += 1
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens put out so far, however the scheduler counts them."""
+        return self.num_tokens - self.request.input_tokens
 
     def hash_blocks(self) -> None:
         """See `Sequence.hash_blocks`. What is generated is like nothing else, unless the trace names it."""

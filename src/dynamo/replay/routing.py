@@ -21,8 +21,10 @@ from dynamo.router.queue import RouterQueue
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.tier_index import TierIndex
-from dynamo.router.types import Decision, RouteRequest, WorkerKey, WorkerLimits
+from dynamo.router.types import Decision, RouteRequest, RouterOverride, WorkerKey, WorkerLimits
 
+LOADED = RouterOverride(overlap_score_credit=0, assume_kv_reuse=False, track_prefill_tokens=False)
+"""How a decode worker is chosen for a prompt that another has computed [G8]."""
 BASELINES = ("round-robin", "random", "least-loaded")
 
 
@@ -170,9 +172,10 @@ class KvRouting:
         *,
         event_lag_s: float = 0.0,
         seed: int = 0,
+        selection: str | None = None,
     ) -> None:
         profile = load_profile(config)
-        config = configure(config, profile, None)
+        config = configure(config, profile, selection)
         self.block_size = limits.block_size
         self.index = TierIndex()
         self.scheduler = KvScheduler(limits.block_size, config, self.index, rng=random.Random(seed))
@@ -194,15 +197,7 @@ class KvRouting:
 
     def route(self, sequence: ReplayedSequence, now: float) -> None:
         """See `Routing.route`."""
-        self._catch_up(now)
-        request = RouteRequest(
-            request_id=sequence.id,
-            token_count=sequence.num_prompt,
-            sequence_hashes=sequence.names.copy(),
-            session_id=sequence.request.session_id,
-            expected_output_tokens=sequence.max_tokens if self.wants_progress else None,
-            arrived_at=now,
-        )
+        request = self.request(sequence, now)
 
         def decided(decision: Decision) -> None:
             size = self.block_size
@@ -213,6 +208,23 @@ class KvRouting:
 
         self.queue.route(request, now, decided, lambda error: self._refused(sequence, self._now))
 
+    def request(self, sequence: ReplayedSequence, now: float) -> RouteRequest:
+        """What the scheduler is asked; it has heard of all cache changes that it can have heard of by now.
+
+        Of a prompt that was computed elsewhere nothing is to be computed, so what speaks for a worker is its load.
+        """
+        self.catch_up(now)
+        loaded = sequence.prefill_worker is not None
+        return RouteRequest(
+            request_id=sequence.id,
+            token_count=sequence.request.input_tokens,
+            sequence_hashes=() if loaded else sequence.names.copy(),
+            session_id=sequence.request.session_id,
+            expected_output_tokens=sequence.max_tokens if self.wants_progress else None,
+            override=LOADED if loaded else None,
+            arrived_at=now,
+        )
+
     def next_deadline(self) -> float:
         """See `Routing.next_deadline`."""
         deadline = self.queue.next_deadline()
@@ -220,10 +232,11 @@ class KvRouting:
 
     def tick(self, now: float) -> None:
         """See `Routing.tick`."""
-        self._catch_up(now)
+        self.catch_up(now)
         self.queue.pump(now)
 
-    def _catch_up(self, now: float) -> None:
+    def catch_up(self, now: float) -> None:
+        """Hear of all that can be known by now."""
         self._now = now
         self._deliver(now)
 
@@ -268,6 +281,7 @@ def make_routing(
     config: KvRouterConfig | None = None,
     event_lag_s: float = 0.0,
     seed: int = 0,
+    selection: str | None = None,
 ) -> Routing:
     """The routing of that name: a baseline, or a policy of the KV router. Raises ValueError naming those there are."""
     for blind in (RoundRobin, Random, LeastLoaded):
@@ -276,7 +290,7 @@ def make_routing(
     if name not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(routing_names())}, got {name!r}")
     config = (config or KvRouterConfig()).with_overrides(router_policy=name)
-    return KvRouting(workers, limits, config, event_lag_s=event_lag_s, seed=seed)
+    return KvRouting(workers, limits, config, event_lag_s=event_lag_s, seed=seed, selection=selection)
 
 
 def routing_details(routing: Routing) -> dict[str, Any]:

@@ -7,6 +7,7 @@ everyone the time; nothing in here waits. Equal inputs and seeds give equal resu
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import msgspec
 
@@ -62,6 +63,11 @@ class Record(msgspec.Struct, frozen=True):
     overlap_tokens: int
     best_overlap_tokens: int
     worker: int
+    """Where it was answered."""
+    prefill_worker: int | None = None
+    """Where its prompt was computed, if that is another."""
+    transfer_s: float | None = None
+    """How long the KV took from there, if it had to travel."""
 
     @property
     def ttft_s(self) -> float:
@@ -210,8 +216,18 @@ class Arrivals:
         self._free_at = now
 
 
+class Recorder(msgspec.Struct, frozen=True, kw_only=True):
+    """What is noted of a run. `on_record` gets each request as it finishes, `on_progress` counts every so often."""
+
+    goal: Goal = Goal()
+    sample_interval_s: float = 1.0
+    on_record: Callable[[Record], None] | None = None
+    on_sample: Callable[[Sample], None] | None = None
+    on_progress: Callable[[int, float], None] | None = None
+
+
 class Simulation:
-    """One run. `on_record` gets each request as it finishes, `on_progress` is called every so often with counts."""
+    """One run."""
 
     def __init__(
         self,
@@ -221,38 +237,42 @@ class Simulation:
         routing: Routing,
         *,
         timing: StepTiming | None = None,
-        goal: Goal | None = None,
-        sample_interval_s: float = 1.0,
-        on_record: Callable[[Record], None] | None = None,
-        on_sample: Callable[[Sample], None] | None = None,
-        on_progress: Callable[[int, float], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"num_workers must be at least 1, got {workers}")
         self.arrivals = arrivals
         self.routing = routing
-        self.totals = Totals(goal or Goal())
+        recorder = recorder or Recorder()
+        self.totals = Totals(recorder.goal)
         self.totals.per_worker = [0] * workers
-        self.timeline = Timeline(sample_interval_s)
+        self.timeline = Timeline(recorder.sample_interval_s)
         self.now = 0.0
         routing.connect(self._placed, self._refused)
         self._limits = limits
         self._names = PromptNames(limits.block_size)
         self._timing = timing or StepTiming()
-        self.workers = [
+        self.workers = self._make_workers(workers)
+        self._wakes: list[tuple[float, int]] = []
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._timer_count = 0
+        self._on_record, self._on_sample = recorder.on_record, recorder.on_sample
+        self._on_progress = recorder.on_progress
+        self._started_tokens = self._started_cached = 0
+
+    def _make_workers(self, count: int) -> list[SimulatedWorker]:
+        routing = self.routing
+        return [
             SimulatedWorker(
                 i,
-                limits,
+                self._limits,
                 self._timing,
                 self,
                 cache_events=routing.wants_cache_events,
                 progress=routing.wants_progress,
             )
-            for i in range(workers)
+            for i in range(count)
         ]
-        self._wakes: list[tuple[float, int]] = []
-        self._on_record, self._on_sample, self._on_progress = on_record, on_sample, on_progress
-        self._started_tokens = self._started_cached = 0
 
     # --- the clock
 
@@ -262,12 +282,13 @@ class Simulation:
         Raises:
             TraceError: a request can never be served; says why.
         """
-        arrivals, wakes, timeline = self.arrivals, self._wakes, self.timeline
+        arrivals, wakes, timers, timeline = self.arrivals, self._wakes, self._timers, self.timeline
         progress = 0
         while True:
             wake_at = wakes[0][0] if wakes else NEVER
-            arrive_at, deadline = arrivals.next_at, self.routing.next_deadline()
-            now = min(wake_at, arrive_at, deadline)
+            timer_at = timers[0][0] if timers else NEVER
+            arrive_at, deadline = arrivals.next_at, self._next_deadline()
+            now = min(wake_at, timer_at, arrive_at, deadline)
             if now > until_s or now == NEVER:
                 break
             if timeline.due_at <= now:
@@ -278,7 +299,9 @@ class Simulation:
             if arrive_at == now:
                 self._arrive(arrivals.pop(), now)
             elif deadline == now:
-                self.routing.tick(now)
+                self._tick(now)
+            elif timer_at == now:
+                heapq.heappop(timers)[2](now)
             else:
                 worker = self.workers[heapq.heappop(wakes)[1]]
                 if worker.wakes_at == now:  # else it was put off or sooner, and has another entry
@@ -289,32 +312,59 @@ class Simulation:
                 self._on_progress(self.totals.completed, now)
         return self.totals
 
+    def _next_deadline(self) -> float:
+        """When whoever routes wants to know the time."""
+        return self.routing.next_deadline()
+
+    def _tick(self, now: float) -> None:
+        self.routing.tick(now)
+
+    def _at(self, when: float, then: Callable[[float], None]) -> None:
+        """Do it at that time."""
+        self._timer_count += 1
+        heapq.heappush(self._timers, (when, self._timer_count, then))
+
     def _note(self, worker: SimulatedWorker) -> None:
         if worker.wakes_at != NEVER:
             heapq.heappush(self._wakes, (worker.wakes_at, worker.index))
 
     def _arrive(self, request: TraceRequest, now: float) -> None:
+        sequence = self._sequence(request, now)
+        if self.routing.wants_cache_events:
+            for worker in self.workers:
+                worker.sync(now)
+        self._route(sequence, now)
+
+    def _sequence(self, request: TraceRequest, now: float) -> ReplayedSequence:
         totals = self.totals
         contents = self._names.contents(request, request.input_tokens)
         sequence = ReplayedSequence(
             str(totals.requests), request, self._names, contents, sequence_hashes(contents), now
         )
         totals.requests += 1
-        if self.routing.wants_cache_events:
-            for worker in self.workers:
-                worker.sync(now)
+        return sequence
+
+    def _route(self, sequence: ReplayedSequence, now: float) -> None:
         self.routing.route(sequence, now)
 
     def _placed(self, sequence: ReplayedSequence, choice: Choice, now: float) -> None:
         sequence.worker = choice.worker
         sequence.routed_at = now
         sequence.overlap_tokens, sequence.best_overlap_tokens = choice.overlap_tokens, choice.best_overlap_tokens
-        worker = self.workers[choice.worker]
+        self._give(self.workers[choice.worker], sequence, now)
+
+    def _give(self, worker: SimulatedWorker, sequence: ReplayedSequence, now: float) -> None:
+        with self._noting(worker):
+            try:
+                worker.submit(sequence, now)
+            except InvalidArgument as e:
+                raise TraceError(f"request {sequence.id} of the trace: {e}") from None
+
+    @contextmanager
+    def _noting(self, worker: SimulatedWorker) -> Iterator[None]:
+        """Something is done that may wake the worker at another time."""
         before = worker.wakes_at
-        try:
-            worker.submit(sequence, now)
-        except InvalidArgument as e:
-            raise TraceError(f"request {sequence.id} of the trace: {e}") from None
+        yield
         if worker.wakes_at != before:
             self._note(worker)
 
@@ -330,7 +380,7 @@ class Simulation:
 
     def admitted(self, sequence: ReplayedSequence) -> None:
         """See `Listener`."""
-        self._started_tokens += sequence.num_prompt
+        self._started_tokens += sequence.request.input_tokens
         self._started_cached += sequence.num_cached or 0
 
     def tokens(self, count: int, latency_s: float) -> None:
@@ -352,6 +402,9 @@ class Simulation:
     def finished(self, sequence: ReplayedSequence, now: float) -> None:
         """See `Listener`."""
         self.routing.finished(sequence, now)
+        self._close(sequence, now)
+
+    def _close(self, sequence: ReplayedSequence, now: float) -> None:
         record = self._record(sequence, now)
         self.totals.add(record)
         if self._on_record:
@@ -371,13 +424,15 @@ class Simulation:
             first_token_s=sequence.first_token_at,
             second_token_s=sequence.second_token_at,
             last_token_s=now,
-            input_tokens=sequence.num_prompt,
+            input_tokens=sequence.request.input_tokens,
             requested_tokens=sequence.request.output_tokens,
-            output_tokens=sequence.num_output,
-            cached_tokens=sequence.num_cached or 0,
+            output_tokens=sequence.answer_tokens,
+            cached_tokens=(sequence.num_cached if sequence.reused_tokens is None else sequence.reused_tokens) or 0,
             overlap_tokens=sequence.overlap_tokens,
             best_overlap_tokens=sequence.best_overlap_tokens,
             worker=sequence.worker,
+            prefill_worker=sequence.prefill_worker,
+            transfer_s=sequence.transfer_s,
         )
 
     def _sample(self, at_s: float) -> Sample:

@@ -20,6 +20,7 @@ class Column(msgspec.Struct, frozen=True):
 
 COLUMNS = (
     Column("policy", "policy", "{}", best=None),
+    Column("split", "split", "{}", best=None),
     Column("requests", "completed_requests", "{:d}", best=None),
     Column("TTFT ms", "mean_ttft_ms"),
     Column("p50", "median_ttft_ms"),
@@ -29,6 +30,7 @@ COLUMNS = (
     Column("E2E ms", "mean_e2e_latency_ms"),
     Column("p99", "p99_e2e_latency_ms"),
     Column("reuse %", "prefix_cache_reused_ratio", "{:.1f}", 100, max),
+    Column("local", "local_requests", "{:d}", best=None),
     Column("req/s", "request_throughput_rps", "{:.2f}", best=max),
     Column("good/s", "goodput_request_throughput_rps", "{:.2f}", best=max),
     Column("x real time", "realtime_factor", best=None),

@@ -57,7 +57,7 @@ class SimulatedWorker:
         progress: bool = False,
     ) -> None:
         self.index = index
-        self.scheduler: BatchScheduler[ReplayedSequence] = BatchScheduler(config, timing)
+        self.scheduler = self.make_scheduler(config, timing)
         self.scheduler.pool.record_events = cache_events and config.enable_prefix_caching
         self.wakes_at = NEVER
         self.steps = 0
@@ -72,6 +72,12 @@ class SimulatedWorker:
         self._changes_at = NEVER
         self._fresh: list[ReplayedSequence] = []
         """Those whose next token is their second."""
+        self._joined: list[ReplayedSequence] = []
+        """Those that came with their prompt's KV and repeat their first token in the step under way."""
+
+    def make_scheduler(self, config: SchedulerConfig, timing: StepTiming) -> BatchScheduler[ReplayedSequence]:
+        """The engine's scheduler."""
+        return BatchScheduler(config, timing)
 
     @property
     def requests(self) -> int:
@@ -83,10 +89,14 @@ class SimulatedWorker:
         scheduler = self.scheduler
         room = scheduler.check(sequence.id, sequence.num_prompt)
         sequence.max_tokens = min(sequence.max_tokens, room)
+        self.interrupt(now)
+        scheduler.enqueue(sequence)
+
+    def interrupt(self, now: float) -> None:
+        """Something has come in: what is under way ends with the step that is, and then there is something new."""
         if self._run:
             self._take(now)
             self._cut(now)
-        scheduler.enqueue(sequence)
         if self.wakes_at == NEVER:
             self.wakes_at = now  # not at once: others that come at the same moment share the step
 
@@ -112,10 +122,9 @@ class SimulatedWorker:
     def _pass(self, steps: int, now: float) -> None:
         """So many steps of the run have ended by `now`."""
         scheduler, running = self.scheduler, len(self.scheduler.running)
-        if self._fresh:
-            self._second_token(self._began + scheduler.steady_time_s(1, self._context))
+        late = self._second_token(self._began + scheduler.steady_time_s(1, self._context))
         scheduler.run_steady(steps)
-        self._listener.tokens(steps * running, (now - self._began) / steps)
+        self._listener.tokens(steps * running - late, (now - self._began) / steps)
         self._account(steps, now)
         self._context += steps * running
         self._run -= steps
@@ -143,25 +152,34 @@ class SimulatedWorker:
 
     def _complete(self, step: Step[ReplayedSequence], now: float) -> None:
         made = self.scheduler.advance(step)
-        if step.decodes:
-            self._listener.tokens(step.decodes, now - self._began)
-        if self._fresh:
-            self._second_token(now)
+        tokens = step.decodes - len(self._joined) - self._second_token(now)
+        if tokens > 0:
+            self._listener.tokens(tokens, now - self._began)
         for sequence in made:
-            if sequence.first_token_at is None:
-                sequence.first_token_at = now
+            if not sequence.begun:
+                sequence.begun = True
+                if sequence.first_token_at is None:
+                    sequence.first_token_at = now
                 self._fresh.append(sequence)
                 self._listener.first_token(sequence, now)
+        self._joined.clear()
         self._account(1, now)
         self._tell_changes(now)
         if self._progress:
             self._listener.progressed(made)
         self._finish(made, now)
 
-    def _second_token(self, now: float) -> None:
+    def _second_token(self, now: float) -> int:
+        """Tell those that get their second token now. Returns how many of these had their first somewhere else."""
+        late = 0
         for sequence in self._fresh:
             sequence.second_token_at = now  # a step that would skip a running one is none of this scheduler's
+            if sequence.told_before:
+                assert sequence.first_token_at is not None
+                self._listener.tokens(1, now - sequence.first_token_at)
+                late += 1
         self._fresh.clear()
+        return late
 
     def _account(self, steps: int, now: float) -> None:
         self.steps += steps
@@ -178,7 +196,8 @@ class SimulatedWorker:
     def _go_on(self, now: float) -> None:
         scheduler = self.scheduler
         self._began, self._step, self._changes_at = now, None, NEVER
-        self._run = scheduler.steady_steps()
+        self._prepare(now)
+        self._run = 0 if self._joined else scheduler.steady_steps()
         if self._run:
             self._context = scheduler.context()
             self.wakes_at = now + scheduler.steady_time_s(self._run, self._context)
@@ -191,6 +210,9 @@ class SimulatedWorker:
             sequence.admitted_at = now
             self._listener.admitted(sequence)
         self.wakes_at = NEVER if self._step is None else now + self._step.duration_s
+
+    def _prepare(self, now: float) -> None:
+        """Between two steps, before the next is planned."""
 
     def _tell_changes(self, now: float) -> None:
         changes = self.scheduler.take_kv_events()

@@ -39,6 +39,8 @@ class _Sent(msgspec.Struct):
     decodes: int
     decode_blocks: int
     new_tokens: int
+    computes: bool
+    """Whether the prompt is computed there: else it tells nothing of how long that takes."""
     first_token_at: float | None = None
 
 
@@ -292,6 +294,7 @@ class KvScheduler:
                 load.requests[at] - load.prefill_requests[at],
                 load.decode_blocks[at],
                 decision.new_tokens,
+                self._track_prefill(request),
             )
         expected = request.expected_output_tokens if self.config.router_track_output_blocks else None
         load.book(
@@ -320,16 +323,17 @@ class KvScheduler:
         sent = self._sent.get(request_id)
         if sent is not None and sent.first_token_at is None:
             sent.first_token_at = now
-            self.policy.prefilled(
-                Prefilled(
-                    self.load.bookings[request_id].worker,
-                    sent.new_tokens,
-                    sent.queued_tokens,
-                    sent.decodes,
-                    sent.decode_blocks,
-                    now - sent.at,
+            if sent.computes:
+                self.policy.prefilled(
+                    Prefilled(
+                        self.load.bookings[request_id].worker,
+                        sent.new_tokens,
+                        sent.queued_tokens,
+                        sent.decodes,
+                        sent.decode_blocks,
+                        now - sent.at,
+                    )
                 )
-            )
         self.load.prefill_done(request_id, now)
 
     def output_block(self, request_id: str, decay_fraction: float | None = None) -> None:

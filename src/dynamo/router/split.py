@@ -33,6 +33,8 @@ class SplitView(msgspec.Struct, frozen=True, kw_only=True):
     decode_queued_tokens: int = 0
     decoding: int = 0
     """Requests past their first token at the decode worker, which a prompt there would hold up."""
+    step_s: float = 0.0
+    """Seconds that computing any prompt takes, however short."""
     token_s: float = 1e-4
     """Seconds to compute a prompt token, as learnt from the fleet."""
     transfer_s: float = 0.0

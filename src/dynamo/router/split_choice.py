@@ -1,0 +1,72 @@
+"""What does a split policy look at, for one prompt and two pools as they stand?
+
+Both pools are asked whom they would take, which changes nothing in either. What a prompt token costs is learnt by the
+pools' policies; where a policy does not learn, an ordinary GPU's figures stand in.
+"""
+
+from collections.abc import Callable
+
+from dynamo.router.policies.predicted import FIRST_TOKEN_PRIOR, PredictedLatency
+from dynamo.router.scheduler import KvScheduler
+from dynamo.router.split import Split, SplitPolicy, SplitView
+from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, RouteRequest
+
+_PRIOR_S = FIRST_TOKEN_PRIOR[0][1]
+_PRIOR_TOKEN_S = (FIRST_TOKEN_PRIOR[1][1] - _PRIOR_S) / FIRST_TOKEN_PRIOR[1][0]
+
+
+class SplitChoice:
+    """Decides for prompts of one model. `transfer_s` says how long the KV of so many tokens travels."""
+
+    def __init__(
+        self, policy: SplitPolicy, prefill: KvScheduler, decode: KvScheduler, transfer_s: Callable[[int], float]
+    ) -> None:
+        self.policy = policy
+        self._prefill, self._decode = prefill, decode
+        self._transfer_s = transfer_s
+
+    def decide(self, request: RouteRequest, now: float) -> Split:
+        """Whether a prefill worker is to compute the prompt. Raises WorkerUnavailable if a pool has none."""
+        return self.policy.decide(self.view(request, now))
+
+    def view(self, request: RouteRequest, now: float) -> SplitView:
+        """What the policy sees."""
+        there, here = self._prefill.select(request, now), self._decode.select(request, now)
+        fleet = self._decode.load
+        at = fleet.position[here.worker]
+        limits = fleet.limits[at]
+        step_s, token_s = _prompt_time(self._prefill)
+        queued = _queued(self._prefill, there, now, token_s)
+        prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
+        return SplitView(
+            prompt_tokens=request.token_count,
+            decode_new_tokens=here.new_tokens,
+            prefill_new_tokens=there.new_tokens,
+            prefill_load=queued / (prefill_limits.max_batched_tokens or DEFAULT_BATCH_TOKENS),
+            decode_load=fleet.decode_blocks[at] / limits.total_blocks if limits.total_blocks else 0.0,
+            prefill_queued_tokens=queued,
+            decode_queued_tokens=_queued(self._decode, here, now, token_s),
+            decoding=fleet.requests[at] - fleet.prefill_requests[at],
+            step_s=step_s,
+            token_s=token_s,
+            transfer_s=self._transfer_s(request.token_count),
+        )
+
+
+def _prompt_time(scheduler: KvScheduler) -> tuple[float, float]:
+    """Seconds that any prompt takes, and more for each token."""
+    policy = scheduler.policy
+    if isinstance(policy, PredictedLatency):
+        line = policy.first_token
+        return max(0.0, line.at(0)), line.slope
+    return _PRIOR_S, _PRIOR_TOKEN_S
+
+
+def _queued(scheduler: KvScheduler, decision: Decision, now: float, token_s: float) -> int:
+    """Tokens to compute before a new prompt's turn: those sent, less what must be done of the oldest by now."""
+    fleet = scheduler.load
+    at = fleet.position[decision.worker]
+    queued = fleet.prefill_tokens[at]
+    if not queued or token_s <= 0:
+        return queued
+    return queued - min(fleet.oldest_prefill[at], int((now - fleet.progress_at[at]) / token_s))
