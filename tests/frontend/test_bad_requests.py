@@ -96,7 +96,7 @@ async def test_before_any_model_there_is_a_404_with_a_body(start_frontend: Start
 async def test_unknown_route(served: Served) -> None:
     service, _ = served
     assert refused(await fetch(service.port, "/nope"), 404) == "Route not found: GET /nope"
-    assert refused(await fetch(service.port, "/busy_threshold"), 404) == "Route not found: GET /busy_threshold"
+    assert refused(await fetch(service.port, "/busy"), 404) == "Route not found: GET /busy"
 
 
 async def test_wrong_method_names_the_right_one(served: Served) -> None:
