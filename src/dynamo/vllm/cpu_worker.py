@@ -7,10 +7,13 @@ worker raises, and the engine is gone (seen with 0.32.0). This module, loaded in
 loaded only into versions that are known to have them and the fault (`dynamo.vllm.engine`).
 """
 
+import os
 from typing import Any
 
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+from dynamo.vllm import spinning
+from dynamo.vllm.driver import SPIN_LESS_ENV
 from dynamo.vllm.kv_worker import KvRelease
 
 
@@ -51,3 +54,6 @@ _sample = CPUModelRunner._sample
 _bookkeeping_sync = CPUModelRunner._bookkeeping_sync
 CPUModelRunner._sample = _Repaired._sample
 CPUModelRunner._bookkeeping_sync = _Repaired._bookkeeping_sync
+
+if os.environ.get(SPIN_LESS_ENV) == "1":
+    spinning.spin_less()

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from dynamo.llm.protocols.engine import EngineOutput
 
 PARENT_ENV = "DYN_VLLM_PARENT_PID"  # tells vLLM's processes whom to watch; see `dynamo.vllm.guard`
+SPIN_LESS_ENV = "DYN_VLLM_SPIN_LESS"  # set where vLLM's waits are known and to be changed; see `dynamo.vllm.spinning`
 EXTERNAL_TOKENS = "external_tokens"  # in `EngineOutput.engine_data` of a first output, where a driver knows
 FIRST_TOKEN = "dynamo_first_token"  # noqa: S105 - in SamplingParams.extra_args; see `dynamo.vllm.first_token`
 SCRATCH_ENV = "DYN_VLLM_SCRATCH"  # a directory that is to go when that process is gone

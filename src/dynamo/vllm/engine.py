@@ -23,7 +23,7 @@ from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 from dynamo.vllm import shared_memory
 from dynamo.vllm.args import VllmOptions
-from dynamo.vllm.driver import SCRATCH_ENV, Driver, DriverRequest, EngineLoad
+from dynamo.vllm.driver import SCRATCH_ENV, SPIN_LESS_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
 from dynamo.vllm.roles import Decode, Prefill, Role, Whole
 from dynamo.vllm.transfer import KvReturn, count_transfers, describe
@@ -418,6 +418,7 @@ def _repair_seeds(args: Any) -> None:
         if args.kv_transfer_config is not None and not args.worker_extension_cls:
             args.worker_extension_cls = "dynamo.vllm.kv_worker.KvRelease"
         return
+    os.environ.setdefault(SPIN_LESS_ENV, "1")
     if args.worker_extension_cls:
         log.warning(
             "--worker-extension-cls is yours, so ours is not loaded: a seeded request whose prompt is computed in "

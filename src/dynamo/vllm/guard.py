@@ -21,7 +21,7 @@ from typing import Any
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-from dynamo.vllm.driver import PARENT_ENV, SCRATCH_ENV
+from dynamo.vllm.driver import PARENT_ENV, SCRATCH_ENV, SPIN_LESS_ENV
 
 _ABANDON_S = 25.0  # the client may be importing for ten seconds before it has anything to kill
 _SOFT_S = 5.0  # as long as vLLM itself gives its processes to end before it kills them
@@ -89,6 +89,10 @@ class GuardedMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]
 
     def _init_executor(self) -> None:
         stand_guard()
+        if os.environ.get(SPIN_LESS_ENV) == "1":
+            from dynamo.vllm.spinning import spin_less
+
+            spin_less()
         super()._init_executor()
 
 

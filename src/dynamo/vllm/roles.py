@@ -236,7 +236,7 @@ class Decode:
         seconds = time.monotonic() - takeover.began
         # The public driver does not say how many tokens came over; vLLM's own counters do.
         tokens = handle.num_tokens if source is None else source[EXTERNAL_TOKENS]
-        if not tokens:
+        if not tokens and handle.num_tokens > 1:  # the one position of a shorter prompt is always computed here
             self.claims.metrics.recomputed("transfer")
             log.warning("request %s: its KV did not come over, so the prompt was computed here", request_id)
             takeover.grant = None
