@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -197,7 +198,7 @@ def _router(args: argparse.Namespace) -> KvRouterConfig:
     if args.router_conditional_disagg_config is None:
         return config
     try:
-        given = msgspec.json.decode(args.router_conditional_disagg_config, type=dict[str, str | float | None])
+        given = msgspec.json.decode(args.router_conditional_disagg_config, type=dict[str, Any])
         return msgspec.convert(
             msgspec.structs.asdict(config) | {f"conditional_disagg_{name}": given[name] for name in given},
             KvRouterConfig,

@@ -68,7 +68,7 @@ class PooledSimulation(Simulation):
             raise ValueError(  # noqa: TRY004 - it is the experiment's setting that is wrong
                 f"policy {self.routing.name} knows nothing of caches and loads, so it cannot split prompts"
             )
-        return SplitChoice(split, self.prefill_routing.scheduler, self.routing.scheduler, self.pools.transfer_s)
+        return SplitChoice(split, self.prefill_routing.queue, self.routing.queue, self.pools.transfer_s)
 
     def _make_workers(self, count: int) -> list[SimulatedWorker]:
         routing, prefill = self.routing, self.prefill_routing
@@ -145,6 +145,12 @@ class PooledSimulation(Simulation):
                 self._close(whole, now)
                 return
         self.routing.route(whole, now)
+
+    def first_token(self, sequence: ReplayedSequence, now: float) -> None:
+        """See `Listener`."""
+        if sequence.prefill_worker is not None:
+            sequence.resumed_at = now
+        super().first_token(sequence, now)
 
     def _placed(self, sequence: ReplayedSequence, choice: Choice, now: float) -> None:
         if sequence.hold is None:

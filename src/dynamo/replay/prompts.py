@@ -78,6 +78,7 @@ class ReplayedSequence(EngineSequence):
         "overlap_tokens",
         "prefill_worker",
         "request",
+        "resumed_at",
         "reused_tokens",
         "routed_at",
         "second_token_at",
@@ -108,6 +109,8 @@ class ReplayedSequence(EngineSequence):
         self.reused_tokens: int | None = None
         """Of its prompt, what the engine that computed it had cached, if that is another."""
         self.prefill_worker: int | None = None
+        self.resumed_at: float | None = None
+        """When the engine that answers made its first token."""
         self.transfer_s: float | None = None
         self.hold: Hold | None = None
         self.held_at = now

@@ -68,6 +68,8 @@ class Record(msgspec.Struct, frozen=True):
     """Where its prompt was computed, if that is another."""
     transfer_s: float | None = None
     """How long the KV took from there, if it had to travel."""
+    resumed_s: float | None = None
+    """When the worker that answered repeated the first token, if another had made it."""
 
     @property
     def ttft_s(self) -> float:
@@ -433,6 +435,7 @@ class Simulation:
             worker=sequence.worker,
             prefill_worker=sequence.prefill_worker,
             transfer_s=sequence.transfer_s,
+            resumed_s=sequence.resumed_at,
         )
 
     def _sample(self, at_s: float) -> Sample:

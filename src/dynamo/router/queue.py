@@ -176,6 +176,11 @@ class RouterQueue:
         self._by_age: deque[Waiting] = deque()
         self._pumping = self._pump_again = False
 
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens that workers will have to compute for requests that wait."""
+        return sum(queue.isl_tokens - queue.cached_tokens for queue in self._ring) if self.pending else 0
+
     # --- coming in
 
     def route(

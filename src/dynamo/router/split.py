@@ -14,7 +14,8 @@ import msgspec
 
 from dynamo.router.config import KvRouterConfig
 
-STALL = 0.25  # what a second of standing still costs a request in decode, in seconds of waiting for a first token
+STALL = 0.7  # what a second of standing still costs a request in decode, in seconds of waiting for a first token:
+# 0.25 lets too many prompts stay, 2 leaves decode workers idle (benchmarks/replay_disagg.py)
 
 
 class SplitView(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,10 +143,11 @@ class Predicted:
 
     def decide(self, view: SplitView) -> Split:
         """See `SplitPolicy`."""
-        computing = view.decode_new_tokens * view.token_s
-        stalled = STALL * computing * view.decoding
-        local = view.decode_queued_tokens * view.token_s + computing + stalled
-        remote = (view.prefill_queued_tokens + view.prefill_new_tokens) * view.token_s + view.transfer_s
+        here = view.step_s + view.decode_new_tokens * view.token_s
+        stalled = STALL * here * view.decoding
+        local = view.decode_queued_tokens * view.token_s + here + stalled
+        there = view.step_s + (view.prefill_queued_tokens + view.prefill_new_tokens) * view.token_s
+        remote = there + view.transfer_s
         terms = {"local_s": local, "local_stall_s": stalled, "remote_s": remote, "transfer_s": view.transfer_s}
         words = f"{remote:.3f} s by a prefill worker, {local:.3f} s at the decode worker, of which {stalled:.3f} stalls"
         return Split(remote < local, words, terms)

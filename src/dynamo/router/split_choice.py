@@ -7,6 +7,7 @@ pools' policies; where a policy does not learn, an ordinary GPU's figures stand 
 from collections.abc import Callable
 
 from dynamo.router.policies.predicted import FIRST_TOKEN_PRIOR, PredictedLatency
+from dynamo.router.queue import RouterQueue
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.split import Split, SplitPolicy, SplitView
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, RouteRequest
@@ -19,10 +20,11 @@ class SplitChoice:
     """Decides for prompts of one model. `transfer_s` says how long the KV of so many tokens travels."""
 
     def __init__(
-        self, policy: SplitPolicy, prefill: KvScheduler, decode: KvScheduler, transfer_s: Callable[[int], float]
+        self, policy: SplitPolicy, prefill: RouterQueue, decode: RouterQueue, transfer_s: Callable[[int], float]
     ) -> None:
         self.policy = policy
-        self._prefill, self._decode = prefill, decode
+        self._prefill, self._decode = prefill.scheduler, decode.scheduler
+        self._prefill_queue = prefill
         self._transfer_s = transfer_s
 
     def decide(self, request: RouteRequest, now: float) -> Split:
@@ -36,7 +38,8 @@ class SplitChoice:
         at = fleet.position[here.worker]
         limits = fleet.limits[at]
         step_s, token_s = _prompt_time(self._prefill)
-        queued = _queued(self._prefill, there, now, token_s)
+        waiting = self._prefill_queue.waiting_tokens // len(self._prefill.load.workers)
+        queued = _queued(self._prefill, there, now, token_s) + waiting
         prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
         return SplitView(
             prompt_tokens=request.token_count,
