@@ -4,7 +4,7 @@ import pytest
 
 from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.timing import StepTiming
-from dynamo.replay import run_trace_replay
+from dynamo.replay import TelemetryOptions, run_trace_replay
 from dynamo.replay.args import parse_options
 from dynamo.replay.disagg import PooledSimulation
 from dynamo.replay.pools import Pools
@@ -274,7 +274,12 @@ def test_programs_ask_with_the_engines_of_both_kinds(tmp_path):
         "prefill_engine_args": {"engine": {"worker_type": "prefill", **way}},
         "decode_engine_args": {"engine": {"worker_type": "decode", **way}},
     }
-    report = run_trace_replay(trace, **engines, capture_per_request=True, first_from_decode=True)
+    report = run_trace_replay(
+        trace, **engines, capture_per_request=True, first_from_decode=True, telemetry_options=TelemetryOptions()
+    )
+    assert report.telemetry is not None
+    sample = report.telemetry.samples[0]
+    assert len(sample["decode_scheduler_metrics"]) == len(sample["prefill_scheduler_metrics"]) == 1
     assert report.summary["mean_ttft_ms"] == pytest.approx(100.095172)
     assert report.per_request[0]["prefill_worker_idx"] == 0
     with pytest.raises(ValueError, match="give both"):

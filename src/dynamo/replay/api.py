@@ -264,9 +264,7 @@ def replay(
                 sampled.append(telemetry.callback)
             if telemetry.kept:
                 sampled.append(samples.append)
-        outcome = experiment.run(
-            on_record=_fan_out(takers), on_sample=_fan_out_samples(sampled, experiment.engine.num_gpu_blocks)
-        )
+        outcome = experiment.run(on_record=_fan_out(takers), on_sample=_fan_out_samples(sampled, experiment))
     return ReplayReport(
         summary=outcome.summary,
         per_request=records if capture_per_request else None,
@@ -310,14 +308,17 @@ def _fan_out(takers: Iterable[Callable[[dict[str, Any]], None]]) -> Callable[[Re
     return take
 
 
-def _fan_out_samples(takers: list[Sampled], total_blocks: int) -> Callable[[Sample], None] | None:
+def _fan_out_samples(takers: list[Sampled], experiment: Experiment) -> Callable[[Sample], None] | None:
     if not takers:
         return None
-    count = 0
+    count, pools = 0, experiment.pools
+    decode = [experiment.engine.num_gpu_blocks] * (experiment.num_workers if pools is None else pools.decode_workers)
+    prefill_engine = experiment.prefill_engine or experiment.engine
+    prefill = [prefill_engine.num_gpu_blocks] * (0 if pools is None else pools.prefill_workers)
 
     def take(sample: Sample) -> None:
         nonlocal count
-        item = telemetry_sample(sample, count, total_blocks)
+        item = telemetry_sample(sample, count, decode, prefill)
         count += 1
         for taker in takers:
             taker(item)

@@ -49,28 +49,39 @@ class ReplayReport:
         return plain
 
 
-def telemetry_sample(sample: Sample, ordinal: int, total_blocks: int) -> dict[str, Any]:
-    """A sample under the names that users know."""
-    return {
+def telemetry_sample(
+    sample: Sample, ordinal: int, decode_blocks: list[int], prefill_blocks: list[int]
+) -> dict[str, Any]:
+    """A sample under the names that users know. Blocks are what each worker has; prefill workers are the last ones."""
+    workers = _workers(sample, [*decode_blocks, *prefill_blocks])
+    plain: dict[str, Any] = {
         "sample_ordinal": ordinal,
         "kind": "periodic" if ordinal else "baseline",
         "sampled_at_ms": sample.at_s * 1000,
-        "decode_scheduler_metrics": [
-            {
-                "worker_id": worker,
-                "dp_rank": 0,
-                "active_blocks": round(share * total_blocks),
-                "total_blocks": total_blocks,
-                "active_cache_usage": share,
-                "running_requests": running,
-                "waiting_requests": waiting,
-            }
-            for worker, (running, waiting, share) in enumerate(
-                zip(sample.running, sample.waiting, sample.kv_share, strict=True)
-            )
-        ],
+        "decode_scheduler_metrics": workers[: len(decode_blocks)],
         "decode_interval_metrics": {
             "cache_hit_tokens": sample.cached_tokens,
             "cache_total_tokens": sample.prompt_tokens,
         },
     }
+    if prefill_blocks:
+        prefill = workers[len(decode_blocks) :]
+        plain["prefill_scheduler_metrics"] = [worker | {"worker_id": i} for i, worker in enumerate(prefill)]
+    return plain
+
+
+def _workers(sample: Sample, blocks: list[int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "worker_id": worker,
+            "dp_rank": 0,
+            "active_blocks": round(share * total),
+            "total_blocks": total,
+            "active_cache_usage": share,
+            "running_requests": running,
+            "waiting_requests": waiting,
+        }
+        for worker, (running, waiting, share, total) in enumerate(
+            zip(sample.running, sample.waiting, sample.kv_share, blocks, strict=True)
+        )
+    ]
