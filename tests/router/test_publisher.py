@@ -72,6 +72,27 @@ async def test_a_batching_time_gathers_events_of_several_turns(runtime):
         assert len(decode(await anext(subscriber))) == 3
 
 
+async def test_spaced_messages_carry_what_came_since_the_last_and_the_first_does_not_wait(runtime):
+    async with heard(runtime, "kv-events") as (publisher, subscriber):
+        publisher.spacing_s = 0.05
+        publisher.publish_removed([0])
+        assert len(decode(await anext(subscriber))) == 1
+        for i in range(3):
+            publisher.publish_removed([i])
+            await asyncio.sleep(0)
+        assert len(decode(await anext(subscriber))) == 3
+
+
+async def test_spaced_events_leave_with_their_publisher(runtime):
+    async with heard(runtime, "kv-events") as (publisher, subscriber):
+        publisher.spacing_s = 60
+        publisher.publish_removed([0])
+        await anext(subscriber)
+        publisher.publish_removed([1])
+        publisher.shutdown()
+        assert len(decode(await anext(subscriber))) == 1
+
+
 async def test_a_full_batch_does_not_wait(runtime, monkeypatch):
     monkeypatch.setattr(module, "MAX_BATCH", 2)
     async with heard(runtime, "kv-events", batching_timeout_ms=60_000) as (publisher, subscriber):

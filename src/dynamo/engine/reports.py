@@ -13,7 +13,7 @@ from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher
 from dynamo.runtime.component import Endpoint
 
 LOAD_INTERVAL_S = 0.1  # between two reports of one rank's load; a step of a real engine takes 10 to 50 ms
-KV_BATCH_MS = 5  # events of several steps share a message; a router that learns 5 ms later chooses no worse
+KV_SPACING_S = 0.02  # between two messages of one rank; a prompt takes longer to compute, so a router learns in time
 
 
 class Reports:
@@ -44,17 +44,13 @@ class Reports:
     def _kv_publishers(self, block_size: int | None) -> dict[int, KvEventPublisher]:
         if block_size is None:
             return {}
-        return {
-            rank: KvEventPublisher(
-                self._endpoint,
-                self._instance_id,
-                block_size,
-                rank,
-                enable_local_indexer=True,
-                batching_timeout_ms=KV_BATCH_MS,
-            )
+        publishers = {
+            rank: KvEventPublisher(self._endpoint, self._instance_id, block_size, rank, enable_local_indexer=True)
             for rank in self._ranks
         }
+        for publisher in publishers.values():
+            publisher.spacing_s = KV_SPACING_S
+        return publishers
 
     async def start(self) -> None:
         """Join the event plane, and say that nothing is in use yet."""

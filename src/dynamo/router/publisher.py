@@ -75,7 +75,9 @@ class _Channel:
 class KvEventPublisher:
     """Publishes one rank's KV events, numbered from 0 by one for each rank of a worker.
 
-    Events of one turn of the event loop leave as one message; with `batching_timeout_ms` those of that time do.
+    Events of one turn of the event loop leave as one message; with `batching_timeout_ms` those of that time do. With
+    `spacing_s` a message leaves at most that often: events after a silence go at once, those that follow wait for each
+    other, and a router pays once for many.
     With `enable_local_indexer` the worker tells routers that missed some again, or all that it holds (facts row K16):
     without it a router that missed an event starts anew with this worker. Needs a running event loop.
     """
@@ -102,7 +104,10 @@ class KvEventPublisher:
         self.worker_id = endpoint.connection_id() if worker_id is None else worker_id
         self.kv_block_size = kv_block_size
         self.dp_rank = dp_rank
+        self.spacing_s = 0.0
+        """Seconds between two messages; 0 for as many as there are."""
         self._delay_s = (batching_timeout_ms or 0) / 1000
+        self._sent_at = float("-inf")
         self._log = EventLog()
         self._source: EventSource | None = None
         if enable_local_indexer:
@@ -131,11 +136,8 @@ class KvEventPublisher:
         if len(self._batch) >= MAX_BATCH:
             self._flush()
         elif self._batch and self._timer is None:
-            self._timer = (
-                self._loop.call_later(self._delay_s, self._flush)
-                if self._delay_s
-                else self._loop.call_soon(self._flush)
-            )
+            delay = self._delay_s or self._sent_at + self.spacing_s - self._loop.time()
+            self._timer = self._loop.call_later(delay, self._flush) if delay > 0 else self._loop.call_soon(self._flush)
 
     def publish_stored(
         self,
@@ -200,6 +202,7 @@ class KvEventPublisher:
             self._timer.cancel()
             self._timer = None
         if self._batch:
+            self._sent_at = self._loop.time()
             batch, self._batch = self._batch, []
             self._channel.publish(batch)
 
