@@ -272,3 +272,13 @@ async def model_gone(service: FrontendService, name: str) -> None:
         while (model := service.models.get(name)) is not None and model.ready:
             changed.clear()
             await changed.wait()
+
+
+async def changed(service: FrontendService, true: Callable[[], object]) -> None:
+    """Wait until a condition on the registry holds."""
+    event = asyncio.Event()
+    service.models.on_change(event.set)
+    async with asyncio.timeout(10):
+        while not true():
+            event.clear()
+            await event.wait()

@@ -11,7 +11,17 @@ from dynamo.frontend.models import NamespaceFilter
 from dynamo.frontend.service import FrontendService
 from dynamo.llm import ModelRuntimeConfig, WorkerType
 from dynamo.runtime import DistributedRuntime
-from tests.frontend.front_door import CHAT, StartFrontend, StartWorker, ask, chat, fetch, model_gone, model_ready
+from tests.frontend.front_door import (
+    CHAT,
+    StartFrontend,
+    StartWorker,
+    ask,
+    changed,
+    chat,
+    fetch,
+    model_gone,
+    model_ready,
+)
 
 
 def names(answer_json: dict) -> list[str]:
@@ -22,16 +32,6 @@ async def say(service: FrontendService, model: str) -> str:
     answer = await ask(service.port, CHAT, chat() | {"model": model})
     assert answer.status == 200, answer.body
     return str(answer.json()["choices"][0]["message"]["content"])
-
-
-async def changed(service: FrontendService, true: object) -> None:
-    """Wait until a condition on the registry holds."""
-    event = asyncio.Event()
-    service.models.on_change(event.set)
-    async with asyncio.timeout(10):
-        while not true():  # type: ignore[operator]
-            event.clear()
-            await event.wait()
 
 
 async def test_two_models_are_served_by_their_own_workers(
@@ -157,7 +157,8 @@ async def test_a_model_is_ready_only_with_what_its_workers_need(
     assert readiness["ready"] is False
     assert readiness["namespaces"]["dynamo"]["missing_worker_types"] == ["prefill"]
     assert readiness["namespaces"]["dynamo"]["worker_types"]["decode"] == {"workers": 1, "needs": [["prefill"]]}
-    await start_worker(endpoint="dynamo.prefill.generate", worker_type=WorkerType.Prefill)
+    prefill = await start_worker(endpoint="dynamo.prefill.generate", worker_type=WorkerType.Prefill)
+    prefill.auto = "x"
     await changed(service, lambda: (m := service.models.get("tiny")) and m.ready)
     assert await say(service, "tiny") == "x"
 

@@ -160,7 +160,7 @@ class Answer(ABC):
     def release(self) -> None:
         """Forget the streams, which know the answer: a request must leave no cycle for the garbage collector."""
         for stream in self.streams:
-            stream.route = None
+            stream.route = stream.remote = None
         self.streams.clear()
 
     def _stop_workers(self) -> None:
@@ -190,12 +190,15 @@ class Answer(ABC):
     def worker_fields(self) -> dict[str, Any]:
         """The `worker_id` object of nvext [N12]: which worker did the prefill, which the decode."""
         stream = self.streams[0]
+        prefill = stream.remote if stream.remote is not None and stream.remote.took_s else stream
         fields: dict[str, Any] = {
-            "prefill_worker_id": stream.instance_id,
+            "prefill_worker_id": prefill.instance_id,
             "decode_worker_id": stream.instance_id,
         }
+        if prefill.dp_rank is not None:
+            fields["prefill_dp_rank"] = prefill.dp_rank
         if stream.dp_rank is not None:
-            fields["prefill_dp_rank"] = fields["decode_dp_rank"] = stream.dp_rank
+            fields["decode_dp_rank"] = stream.dp_rank
         return fields
 
     def timing(self) -> dict[str, float]:

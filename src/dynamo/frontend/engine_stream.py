@@ -14,18 +14,21 @@ import msgspec
 
 from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
+from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, give_seed
 from dynamo.frontend.route import OutputBlocks, Route, wanted_of
 from dynamo.llm.output import ChoiceDecoder
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
 from dynamo.router.model_router import ModelRouter
-from dynamo.router.types import Decision
+from dynamo.router.types import Decision, RouterOverride
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, Unknown
+from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, StreamIncomplete, Unknown
 from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
 
+LOADED = RouterOverride(assume_kv_reuse=False, track_prefill_tokens=False)
+"""How a decode worker is booked for a prompt that another has computed [G8]."""
 MAX_ATTEMPTS = 3  # workers tried while no connection to them can be made; nothing was sent, so trying is safe
 
 _decode = msgspec.msgpack.Decoder(EngineOutput).decode
@@ -37,6 +40,10 @@ class Workers(Protocol):
 
     router: ModelRouter | None
     """Who says where, in its own time; None: `choose` does, at once."""
+
+    @property
+    def prefill(self) -> PrefillPool | None:
+        """Who computes prompts for these workers; None while they do it themselves."""
 
     def choose(self, request: PreprocessedRequest) -> int:
         """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
@@ -65,6 +72,7 @@ class EngineStream:
         "_attempts",
         "_blocks",
         "_choices",
+        "_computing",
         "_dispatch_at",
         "_request",
         "_unfinished",
@@ -76,6 +84,7 @@ class EngineStream:
         "flush",
         "instance_id",
         "prompt_tokens",
+        "remote",
         "route",
     )
 
@@ -101,6 +110,9 @@ class EngineStream:
         self.prompt_tokens = len(request.token_ids)
         self.route: Route | None = None
         """Its place at a worker or in the queue, where a router keeps account."""
+        self.remote: RemotePrefill | None = None
+        """Its time at a prefill worker, if it had one."""
+        self._computing = True  # until the worker's first token
         self._blocks: OutputBlocks | None = None
         self._dispatch_at = self.dispatched_at = 0.0
         self.ended = False
@@ -109,6 +121,56 @@ class EngineStream:
     # --- to the worker
 
     def dispatch(self) -> None:
+        """Send the prompt, to a prefill worker first where there are some. Raises what says that it cannot be sent."""
+        pool = self._workers.prefill
+        if pool is None or self.remote is not None:
+            self._dispatch()
+        else:
+            self._prefill(pool)
+
+    def _prefill(self, pool: PrefillPool) -> None:
+        give_seed(self._request)
+        answer = self._answer
+        remote = RemotePrefill(pool, self._request, self.context, self._prefilled, self._not_prefilled, self.flush)
+        self.remote = remote
+        answer.dispatched_at = answer.active_at = perf_counter()
+        try:
+            remote.start(explain=answer.plan.explains_routing)
+        except DynamoException as e:
+            remote.ended = True
+            self._not_prefilled(e)
+
+    def _prefilled(self, output: EngineOutput) -> None:
+        """The first token, which goes to the client at once; the decode worker goes on from there."""
+        remote = self.remote
+        assert remote is not None
+        answer = self._answer
+        if answer.closed:
+            remote.cancel()
+            return
+        if remote.handle is None and len(self._choices) > 1:  # the first choice ended, of the others nothing is known
+            self._not_prefilled(StreamIncomplete("its first choice ended with its first token"))
+            return
+        answer.metrics.prefills.labels("done").value += 1
+        tokens = list(output.token_ids)
+        self._on_output(answer, output)
+        if self.ended or answer.closed:
+            remote.cancel()  # the first token was the last
+            return
+        self._request.prefill_result = {"disaggregated_params": remote.take_handle(), "token_ids": tokens}
+        routing = self._request.routing = self._request.routing or Routing()
+        routing.prefill_worker_id, routing.prefill_dp_rank = remote.instance_id, remote.dp_rank
+        self._dispatch_again()
+
+    def _not_prefilled(self, error: DynamoException) -> None:
+        """Then the decode worker computes the prompt, too: the client sees latency only."""
+        if self.ended or self._answer.closed:
+            return
+        self._answer.metrics.prefills.labels("lost").value += 1
+        log.warning("request %s is computed by a decode worker alone: %s", self.context.id(), error)
+        self._dispatch_again()
+
+    def _dispatch(self) -> None:
         """Choose a worker and send the prompt, now or when one has room. Raises what says that it cannot be sent."""
         self._attempts += 1
         self._dispatch_at = perf_counter()
@@ -118,9 +180,16 @@ class EngineStream:
         else:
             if self.route is None:
                 wanted = wanted_of(router, self._request, self.context)
+                if self._request.prefill_result is not None:
+                    wanted.override = LOADED
                 explain = self._answer.plan.explains_routing
-                self.route = Route(router, wanted, self._go, self._answer.fail, explain=explain)
+                self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
             self.route.ask()
+
+    def _refuse(self, error: DynamoException) -> None:
+        """There will be no answer."""
+        self._give_up_handle()
+        self._answer.fail(error)
 
     def _go(self, decision: Decision) -> None:
         """The router's answer."""
@@ -147,6 +216,8 @@ class EngineStream:
         if not self.ended:
             self.ended = True
             self.context.kill()
+            if self.remote is not None:
+                self.remote.cancel()
             if self.route is not None:
                 self.route.cancel()
 
@@ -175,7 +246,8 @@ class EngineStream:
         answer.active_at = now
         if delta.token_count:
             answer.meter.tokens(now, choice.last_at, delta.token_count)
-            if not choice.last_at and self.route is not None:
+            if self._computing and self.route is not None:
+                self._computing = False
                 self.route.first_token()
             choice.last_at = now
             if self._blocks is not None:
@@ -234,30 +306,30 @@ class EngineStream:
             # Not now: the request plane first takes the worker out of rotation.
             asyncio.get_running_loop().call_soon(self._dispatch_again)
             return
-        self._answer.fail(error)
+        self._refuse(error)
 
     def _dispatch_again(self) -> None:
         if self.ended or self._answer.closed:
             return
         try:
-            self.dispatch()
+            self._dispatch()
         except DynamoException as e:
-            self._answer.fail(e)
+            self._refuse(e)
+
+    def _give_up_handle(self) -> None:
+        """Nobody fetches what a prefill worker keeps. If somebody has begun to, that is theirs to end."""
+        if self._request.prefill_result is not None and self.remote is not None:
+            self.remote.give_back(self._request.prefill_result["disaggregated_params"])
+            self._request.prefill_result = None
 
     # --- facts
 
     def explain_routing(self) -> dict[str, Any]:
         """Why the prompt went where it did."""
-        decision = self.route.decision if self.route is not None else None
-        if decision is None:
-            reason = "the router mode of this server looks at no cache; --router-mode kv does"
-            return {"policy": None, "reason": reason, "worker": {"worker_id": self.instance_id}}
-        return {
-            **(decision.explanation or {}),
-            "queued_ms": decision.queued_ms,
-            "hit_rate": decision.hit_rate,
-            "attempts": self._attempts,
-        }
+        explained = _explained(self.route, self.instance_id) | {"attempts": self._attempts}
+        if self.remote is not None:
+            explained["prefill"] = _explained(self.remote.route, self.remote.instance_id)
+        return explained
 
     @property
     def completion_tokens(self) -> int:
@@ -289,3 +361,11 @@ class EngineStream:
             first - self.dispatched_at,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
         )
+
+
+def _explained(route: Route | None, instance_id: int | None) -> dict[str, Any]:
+    decision = route.decision if route is not None else None
+    if decision is None:
+        reason = "the router mode of this server looks at no cache; --router-mode kv does"
+        return {"policy": None, "reason": reason, "worker": {"worker_id": instance_id}}
+    return {**(decision.explanation or {}), "queued_ms": decision.queued_ms, "hit_rate": decision.hit_rate}

@@ -65,6 +65,8 @@ class Model:
 
     def refresh(self) -> None:
         """Look anew at which sets can answer which kind of request."""
+        for one in self.sets.values():
+            one.prefill = next((s for s in self.sets.values() if s.can_prefill and one.takes_over_from(s)), None)
         able = [s for s in self.sets.values() if s.serves and s.ready and not self._missing(s)]
         self._ready = {kind: [s for s in able if kind in s.card.types] for kind in SERVED_KINDS}
 
@@ -228,8 +230,22 @@ class ModelRegistry:
         )
         self._sets[key] = worker_set
         log.info("model %r at %s", card.display_name, key.path)
+        for decode, prefill in ((worker_set, other) for other in self._sets.values()):
+            self._warn_unlike(decode, prefill)
+            self._warn_unlike(prefill, decode)
         worker_set.start()
         return worker_set
+
+    def _warn_unlike(self, decode: WorkerSet, prefill: WorkerSet) -> None:
+        """Say that prompts will not be split between workers that were meant to share them."""
+        if decode.is_half_of(prefill) and not decode.takes_over_from(prefill):
+            log.error(
+                "the prefill workers of %s compute nothing for the decode workers of %s: their cards of model %r "
+                "differ in files, context length or KV block size. Start both with the same model and flags",
+                prefill.key.path,
+                decode.key.path,
+                decode.key.model,
+            )
 
     def _delete(self, key: CardKey) -> None:
         of = self._by_key.pop(key, None)

@@ -9,7 +9,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import msgspec
 
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
@@ -33,6 +35,7 @@ log = logging.getLogger(__name__)
 FIRST_RETRY_S = 0.5
 SETTLE_S = 2.0  # a router that begins waits so long to hear what is cached; later it learns as it goes
 TEXT_BLOCK_TOKENS = 16  # where prompts are text and the worker does not say: any size will do
+GIVE_BACK_S = 5.0  # after that the lease is about to end anyway
 LAST_RETRY_S = 30.0  # a worker that cannot give its files now may be about to be replaced
 
 
@@ -84,6 +87,8 @@ class WorkerSet:
         self.preprocessor: Preprocessor | None = None
         self.router: ModelRouter | None = None
         """Where each prompt goes, in the mode `kv`; None in the others."""
+        self.prefill: WorkerSet | None = None
+        """Who computes prompts for these workers; None while they do it themselves."""
         self.trouble = ""
         """Why the set cannot be used, if it was tried and failed."""
         self._runtime = runtime
@@ -96,6 +101,7 @@ class WorkerSet:
         self._chooser = Chooser()
         self._starting: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._giving_back: set[asyncio.Task[None]] = set()
         self._had_enough = False
         self._whole_endpoint = False  # whether every instance of the endpoint is ours to choose from
         self._cache_counted: tuple[int, ...] = (0, 0, 0, 0)
@@ -153,7 +159,7 @@ class WorkerSet:
                 client = await self._runtime.endpoint(self.key.path).client(self._mode)
                 if self._mode is RouterMode.KV and self.router is None:
                     self.router = await self._start_router()
-                if not self.takes_text:
+                if self.serves and not self.takes_text:
                     directory: Path = await fetch_files(self._runtime, self.card)
                     self.preprocessor = await asyncio.to_thread(Preprocessor, self.card, directory, self._times)
                 break
@@ -216,6 +222,24 @@ class WorkerSet:
         """Whether a request can be prepared and sent."""
         prepares = self.preprocessor is not None or self.takes_text
         return prepares and self._had_enough and self.worker_count > 0
+
+    @property
+    def can_prefill(self) -> bool:
+        """Whether prompts can be sent here for their first token."""
+        return self.card.worker_type is WorkerType.Prefill and self._client is not None and self.worker_count > 0
+
+    def takes_over_from(self, other: "WorkerSet") -> bool:
+        """Whether these workers can go on where those of the other set end: one model, files and blocks alike."""
+        return (
+            self.is_half_of(other)
+            and msgspec.structs.replace(other.card, worker_type=self.card.worker_type).checksum == self.checksum
+        )
+
+    def is_half_of(self, other: "WorkerSet") -> bool:
+        """Whether these are decode workers, and the others prefill workers, of one model in one namespace."""
+        kinds = (self.card.worker_type, other.card.worker_type)
+        same = (self.key.namespace, self.key.model) == (other.key.namespace, other.key.model)
+        return same and kinds == (WorkerType.Decode, WorkerType.Prefill)
 
     @property
     def serves(self) -> bool:
@@ -296,6 +320,23 @@ class WorkerSet:
         """Send it; errors go to the sink."""
         assert self._client is not None
         return self._client.start(instance_id, request, sink, context)
+
+    def give_back(self, handle: dict[str, Any]) -> None:
+        """Tell a prefill worker that nobody will fetch what it keeps: it need not wait for the end of a lease."""
+        task = asyncio.get_running_loop().create_task(self._give_back(handle), name="give KV back")
+        self._giving_back.add(task)
+        task.add_done_callback(self._giving_back.discard)
+
+    async def _give_back(self, handle: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(GIVE_BACK_S):
+                client = await self._runtime.endpoint(handle["endpoint"]).client()
+                await client.wait_for_instances(GIVE_BACK_S)
+                release = {"verb": "release", "id": handle["id"], "incarnation": handle["incarnation"]}
+                async for _ in await client.direct(release, handle["instance_id"], annotated=False):
+                    pass
+        except (DynamoException, TimeoutError, KeyError) as e:
+            log.info("KV of a prefill worker could not be given back and stays for its lease: %r", e)
 
 
 def set_key(key: CardKey, card: ModelDeploymentCard) -> SetKey:

@@ -1,0 +1,207 @@
+"""How does a prompt get its first token from a prefill worker, before a decode worker goes on? (facts G8)
+
+A `RemotePrefill` is one prompt at one prefill worker. It ends once: with the worker's output, which holds the first
+token and the handle of the KV that the worker keeps, or with the reason why there is none. The handle is used once or
+given back; what is lost on the way is computed by the decode worker, and costs the client time only.
+"""
+
+import logging
+import random
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, Protocol
+
+import msgspec
+
+from dynamo.frontend.route import Route, wanted_of
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
+from dynamo.router.model_router import ModelRouter
+from dynamo.router.types import Decision
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown
+from dynamo.runtime.streams import StreamSink
+
+log = logging.getLogger(__name__)
+
+MAX_SEED = 2**31 - 1  # every engine takes so much
+
+_decode = msgspec.msgpack.Decoder(EngineOutput).decode
+
+
+class PrefillPool(Protocol):
+    """The prefill workers of one model (`dynamo.frontend.worker_set.WorkerSet`)."""
+
+    router: ModelRouter | None
+
+    def choose(self, request: PreprocessedRequest) -> int:
+        """See `dynamo.frontend.engine_stream.Workers`."""
+
+    def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
+        """Send it; errors go to the sink."""
+
+    def give_back(self, handle: dict[str, Any]) -> None:
+        """Tell the worker that nobody will fetch the KV."""
+
+
+class RemotePrefill:
+    """One prompt at a prefill worker.
+
+    Args:
+        done: called with the worker's output: the first token, and `disaggregated_params` unless it was the last.
+        failed: called with the reason why there will be none. Neither is called after `cancel`.
+        flush: called when all that came with one read of the socket was given to `done`.
+    """
+
+    __slots__ = (
+        "_context",
+        "_done",
+        "_early",
+        "_failed",
+        "_pool",
+        "_request",
+        "began_at",
+        "dp_rank",
+        "ended",
+        "flush",
+        "handle",
+        "instance_id",
+        "route",
+        "took_s",
+    )
+
+    def __init__(
+        self,
+        pool: PrefillPool,
+        request: PreprocessedRequest,
+        context: Context,
+        done: Callable[[EngineOutput], None],
+        failed: Callable[[DynamoException], None],
+        flush: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._request = _for_prefill(request)
+        self._context = context.detached(f"{context.id()}-prefill")
+        self._done = done
+        self._failed = failed
+        self.flush = flush
+        self.route: Route | None = None
+        self.instance_id: int | None = None
+        self.dp_rank: int | None = None
+        self.handle: dict[str, Any] | None = None
+        """Of the KV, until it is used."""
+        self._early: EngineOutput | None = None
+        self.ended = False
+        self.began_at = perf_counter()
+        self.took_s = 0.0
+
+    def start(self, *, explain: bool = False) -> None:
+        """Choose a worker and send the prompt, now or when one has room. Raises what says that it cannot be sent."""
+        router = self._pool.router
+        if router is None:
+            self._send(self._pool.choose(self._request))
+            return
+        wanted = wanted_of(router, self._request, self._context)
+        self.route = Route(router, wanted, self._go, self._fail, explain=explain)
+        self.route.ask()
+
+    def _go(self, decision: Decision) -> None:
+        worker_id, self.dp_rank = decision.worker
+        if self.dp_rank:
+            routing = self._request.routing = self._request.routing or Routing()
+            routing.dp_rank = self.dp_rank
+        self._send(worker_id)
+
+    def _send(self, instance_id: int) -> None:
+        self.instance_id = instance_id
+        self._pool.start_request(instance_id, self._request, self, self._context)
+
+    def take_handle(self) -> dict[str, Any] | None:
+        """The handle, for its one use."""
+        handle, self.handle = self.handle, None
+        return handle
+
+    def cancel(self) -> None:
+        """Nobody wants it any more: the worker stops within a step, and gives its KV to others."""
+        if not self.ended:
+            self.ended = True
+            self._context.kill()
+            if self.route is not None:
+                self.route.cancel()
+        if (handle := self.take_handle()) is not None:
+            self.give_back(handle)
+
+    def give_back(self, handle: dict[str, Any]) -> None:
+        """Nobody will use the handle that was taken."""
+        self._pool.give_back(handle)
+
+    # --- from the worker
+
+    def on_item(self, item: msgspec.Raw) -> None:
+        """See `StreamSink`."""
+        if self.ended:
+            return
+        try:
+            output = _decode(item)
+        except msgspec.DecodeError as e:
+            self._context.kill()
+            self._fail(Unknown(f"the prefill worker sent an output that cannot be read: {e}"))
+            return
+        if output.finish_reason in ("error", "cancelled"):
+            self._fail(StreamIncomplete(f"the prefill worker ended the prompt with {output.finish_reason}"))
+        elif output.finish_reason is None:
+            self._early = output
+        else:
+            self._finish(output)
+
+    def _finish(self, output: EngineOutput) -> None:
+        if self._early is not None and not output.token_ids:  # the token came before the end of its request
+            for name in ("token_ids", "log_probs", "top_logprobs", "text"):
+                setattr(output, name, getattr(self._early, name))
+        self.ended = True
+        self.took_s = perf_counter() - self.began_at
+        if self.route is not None:
+            self.route.first_token()
+            self.route.finish(len(output.token_ids))
+        self.handle = output.disaggregated_params
+        output.disaggregated_params = None
+        if self.handle is not None:
+            output.finish_reason = None  # it only means that prefill makes one token
+        self._done(output)
+
+    def on_end(self) -> None:
+        """See `StreamSink`."""
+        self._fail(StreamIncomplete("the prefill worker ended without a first token"))
+
+    def on_error(self, error: DynamoException) -> None:
+        """See `StreamSink`."""
+        self._fail(error)
+
+    def _fail(self, error: DynamoException) -> None:
+        if self.ended:
+            return
+        self.ended = True
+        if self.route is not None:
+            self.route.cancel()
+        self._failed(error)
+
+
+def _for_prefill(request: PreprocessedRequest) -> PreprocessedRequest:
+    """What the prefill worker gets: the same prompt and the same sampling, for one token, sent by its own pins."""
+    routing = request.routing
+    if routing is not None:
+        routing = msgspec.structs.replace(
+            routing,
+            backend_instance_id=routing.prefill_worker_id,
+            decode_worker_id=None,
+            dp_rank=routing.prefill_dp_rank,
+            expected_output_tokens=1,
+        )
+    stops = msgspec.structs.replace(request.stop_conditions, max_tokens=1)
+    return msgspec.structs.replace(request, routing=routing, stop_conditions=stops)
+
+
+def give_seed(request: PreprocessedRequest) -> None:
+    """Let both workers draw the same first token: a sampled request without a seed gets one."""
+    sampling = request.sampling_options
+    if sampling.seed is None and sampling.temperature != 0:
+        sampling.seed = random.randrange(MAX_SEED)
