@@ -52,6 +52,10 @@ def apply(index, naive, event) -> None:
     if kind == "store":
         if naive.store(holder, *rest):
             before = index.blocks(holder)
+            parent, called, contents = rest
+            if parent is not None and len(called) == 1 and index.append(holder, parent, called[0], contents[0]):
+                assert index.blocks(holder) == before + 1
+                return
             assert index.store(holder, *rest) >= index.blocks(holder) - before
         else:
             with pytest.raises(UnknownParentError):
@@ -64,6 +68,26 @@ def apply(index, naive, event) -> None:
     else:
         index.remove_holder(holder)
         naive.remove_holder(holder)
+
+
+@pytest.mark.parametrize("moved", [0, 7], ids=["sequence hashes", "names of its own"])
+def test_a_block_behind_a_run_of_ones_own_is_appended(moved):
+    path = [1, 2, 3]
+    seqs = sequence_hashes(path)
+    names = [seq ^ moved for seq in seqs]
+    index, naive = BlockIndex(keep_contents=True), NaiveIndex()
+    for each in (index, naive):
+        each.store("a", None, names[:2], path[:2])
+        each.store("b", None, names[:1], path[:1])
+    naive.store("a", names[1], names[2:], path[2:])
+    assert not index.append("b", names[0], names[1], path[1])  # somebody has it
+    assert not index.append("a", names[0], names[2], path[2])  # something follows
+    assert not index.append("c", names[1], names[2], path[2])
+    assert not index.append("a", names[1], names[2], -1)
+    assert index.append("a", names[1], names[2], path[2])
+    assert not index.append("a", names[1], names[2], path[2])
+    compare(index, naive, [path])
+    check_consistency(index, naive)
 
 
 def compare(index, naive, paths) -> None:

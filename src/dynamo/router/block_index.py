@@ -15,7 +15,7 @@ from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from dynamo.llm.block_hash import sequence_hashes
+from dynamo.llm.block_hash import next_sequence_hash, sequence_hashes
 from dynamo.router.account import Account, HeldRun
 from dynamo.router.levels import Level, cut_at_holes
 from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
@@ -24,6 +24,7 @@ SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
 WALKED_RUNS = 8  # going on to the next run costs two looks of a bisection, which takes ten for 850 blocks ...
 WALKED_BLOCKS = 8  # ... and where runs have so many blocks, they are the shorter way
 FEW_LEVELS = 4  # with more, it is cheaper to name each holder once than to look all sets up
+MAX_HASH = (1 << 64) - 1
 MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
 
 H = TypeVar("H", bound=Hashable)
@@ -234,6 +235,26 @@ class BlockIndex(Generic[H]):
             if above is None:
                 raise UnknownParentError(f"{holder} does not hold the parent block {parent}")
         return self._store(slot, above, names, local_hashes)
+
+    def append(self, holder: H, parent: int, name: int, local_hash: int) -> bool:
+        """As `store` of one block behind the last one of a run that is this holder's alone: what decoding makes.
+
+        False where it is anything else, or may be: then nothing was stored, and it is for `store`.
+        """
+        slot = self._slots.get(holder)
+        if slot is None or slot.holes or self._tree.left or not 0 <= local_hash <= MAX_HASH:
+            return False
+        names = slot.names
+        above = parent if names is None else names.get(parent)
+        if above is None or (names is not None and name in names):
+            return False
+        seq = next_sequence_hash(above, local_hash)
+        if (names is None and seq != name) or not self._tree.append(slot.bit, above, seq, local_hash):
+            return False
+        if names is not None:
+            names[name] = seq
+        slot.blocks += 1
+        return True
 
     def store_after(self, holder: H, above: int | None, names: list[int], local_hashes: list[int]) -> int:
         """As `store`, after the block with the sequence hash `above`, which anybody must reach."""

@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -261,7 +262,7 @@ class KvEventFeed:
         stream = publisher.streams.get(worker)
         if stream is None or stream.closed:
             stream = publisher.streams[worker] = EventStream(
-                worker, lambda event: self._apply(publisher, worker, event), lambda: self.index.clear(worker)
+                worker, partial(self._apply, publisher, worker), partial(self.index.clear, worker)
             )
         before = self._owners.get(worker)
         if before != publisher.id:
@@ -334,9 +335,10 @@ class KvEventFeed:
             )
             return
         for event in events:
-            stream = publisher.streams.get(WorkerKey(event.worker_id, event.event.dp_rank))
+            worker = WorkerKey(event.worker_id, event.event.dp_rank)
+            stream = publisher.streams.get(worker)
             if stream is None:
-                stream = self._meet(publisher, WorkerKey(event.worker_id, event.event.dp_rank))
+                stream = self._meet(publisher, worker)
             if stream is None or stream.closed:
                 continue
             gaps = stream.gaps

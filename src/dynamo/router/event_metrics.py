@@ -9,6 +9,7 @@ from dynamo.router.tier_index import Outcome, TierIndex
 from dynamo.runtime.instruments import Counter, LabelPairs
 from dynamo.runtime.metrics import Metrics
 
+_OK = Outcome.OK
 _WARNINGS = {Outcome.DUPLICATE: "duplicate_store", Outcome.UNKNOWN_BLOCK: "unknown_remove"}
 
 
@@ -40,6 +41,8 @@ class FeedMetrics:
         )
         self.batches = metrics.counter(names.kv_ingress.BATCHES_TOTAL, "Messages with KV events", base=base).labels()
         self._known: dict[tuple[str, Outcome], Counter] = {}
+        self._stored: Counter | None = None
+        """That of blocks stored in order, which nearly all are."""
         self._blocks = metrics.gauge(
             names.kv_ingress.INDEX_BLOCKS, "Different KV blocks that the index knows", base=base
         )
@@ -50,11 +53,16 @@ class FeedMetrics:
 
     def applied(self, change: KvEventData, outcome: Outcome) -> None:
         """An event came to the index."""
+        if outcome is _OK and change.stored is not None and self._stored is not None:
+            self._stored.value += 1
+            return
         kind = "stored" if change.stored is not None else "removed" if change.removed is not None else "cleared"
         counter = self._known.get((kind, outcome))
         if counter is None:
             status = Outcome.OK if outcome is Outcome.DUPLICATE else outcome
             counter = self._known[kind, outcome] = self._applied.labels(kind, status.value)
+            if kind == "stored" and outcome is _OK:
+                self._stored = counter
         counter.value += 1
         if outcome in _WARNINGS:
             self.warn(_WARNINGS[outcome])

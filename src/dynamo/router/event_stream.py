@@ -28,6 +28,9 @@ class StreamState(StrEnum):
     """Its events cannot be used."""
 
 
+_RECOVERING = StreamState.RECOVERING  # looked at for each event
+
+
 class EventStream:
     """One rank's events, in order. `apply` is called for each once, `reset` before everything is told anew."""
 
@@ -51,7 +54,7 @@ class EventStream:
     def hear(self, event: RouterEvent) -> bool:
         """An event has come. Returns whether the worker must be asked for what is missing before it."""
         number = event.event.event_id
-        if self.state is StreamState.RECOVERING:
+        if self.state is _RECOVERING:
             self._held.append(event)
             return False
         assert self.expected is not None

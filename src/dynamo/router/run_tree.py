@@ -93,6 +93,22 @@ class RunTree:
         self._reached += len(seqs)
         self._enter(seqs, packed, run)
 
+    def append(self, bit: int, last: int, seq: int, local_hash: int) -> bool:
+        """`attach` of one block, if `last` ends a run of this holder alone that nothing follows. Returns whether."""
+        ids = self.ids
+        run = self.runs[ids[last & LAST_BITS].get(last, 0)]
+        if run.mask != bit or run.children or run.seqs[-1] != last:
+            return False
+        own = ids[seq & LAST_BITS]
+        if seq in own:
+            return False
+        run.seqs.append(seq)
+        if run.locals is not None:
+            run.locals.append(local_hash)
+        own[seq] = run.id
+        self._reached += 1
+        return True
+
     def _enter(self, seqs: Iterable[int], packed: "array[int]", run: Run) -> None:
         """Let the blocks' hashes, given twice, lead to this run."""
         if len(packed) == 1:  # one decoded block: as frequent as all others together

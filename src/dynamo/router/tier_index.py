@@ -43,6 +43,9 @@ class Outcome(StrEnum):
     """The event makes no sense; nothing changed."""
 
 
+_OK = Outcome.OK  # a member is found in its class by a dictionary and a descriptor, each time
+
+
 class TierIndex:
     """The blocks of all workers on all tiers. With `keep_contents` it can `dump` what it holds."""
 
@@ -112,9 +115,14 @@ class TierIndex:
 
     def apply(self, worker: WorkerKey, tier: StorageTier, data: KvEventData) -> Outcome:
         """What a worker said has happened. Never raises: an event that makes no sense is an outcome."""
-        if data.stored is not None:
+        stored = data.stored
+        if stored is not None:
+            if tier == "device" and len(stored.blocks) == 1 and stored.parent_hash is not None:
+                block = stored.blocks[0]
+                if self.index.append(worker, stored.parent_hash, block.block_hash, block.tokens_hash):
+                    return _OK
             try:
-                return Outcome.OK if self.store(worker, tier, data.stored) else Outcome.DUPLICATE
+                return Outcome.OK if self.store(worker, tier, stored) else Outcome.DUPLICATE
             except UnknownParentError:
                 return Outcome.UNKNOWN_PARENT
             except ValueError:
