@@ -4,6 +4,8 @@ BIN := .venv/bin
 
 MODEL ?=
 WORKERS ?= 2
+# MODE=disagg: one worker more that computes the prompts, whose KV cache the others fetch
+MODE ?= agg
 PORT ?= 8000
 OUT ?= vllm
 # Engine flags of your own, e.g. FLAGS="--max-model-len 4096"
@@ -18,6 +20,7 @@ help:  ## List the targets
 run:  ## Serve MODEL (a directory or hub id; default: a demo model) with WORKERS workers of OUT on PORT
 	@$(PYTHON) scripts/install.py $(if $(filter vllm,$(OUT)),,--no-engine)
 	@exec $(BIN)/dynamo run $(MODEL) in=http out=$(OUT) --num-workers $(WORKERS) --http-port $(PORT) \
+		$(if $(filter disagg,$(MODE)),--prefill-workers 1) \
 		--say "Hello! Who are you?" $(if $(FLAGS),-- $(FLAGS))
 
 install:  ## Make .venv with the dynamo command and all that tests and benchmarks need

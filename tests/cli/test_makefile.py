@@ -23,6 +23,12 @@ def test_run_serves_the_demo_with_two_vllm_workers() -> None:
     assert "--no-engine" not in text
 
 
+def test_run_can_split_prompts_from_decoding() -> None:
+    assert "--num-workers 2 --http-port 8000 --prefill-workers 1 --say" in " ".join(
+        planned("run", "MODE=disagg").split()
+    )
+
+
 def test_run_takes_its_variables() -> None:
     text = planned("run", "MODEL=/m", "WORKERS=3", "PORT=9000", "OUT=echo", "FLAGS=--delay-ms 1")
     assert "dynamo run /m in=http out=echo --num-workers 3 --http-port 9000" in text

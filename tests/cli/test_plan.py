@@ -120,3 +120,19 @@ def test_missing_vllm_is_never_replaced_silently(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(plan.PlanError, match="install_vllm"):
         plan.choose_engine(None)
     assert plan.choose_engine("mocker") == "mocker"
+
+
+def test_prefill_workers_come_beside_the_others_which_then_decode() -> None:
+    specs = plan.processes(request(prefill_workers=1), {}, Path("/d"))
+    assert [s.name for s in specs] == ["frontend", "prefill-1", "decode-2", "decode-3"]
+    assert [words(s).rpartition(" ")[2] for s in specs[1:]] == ["prefill", "decode", "decode"]
+    assert all("--disaggregation-mode" in words(s) for s in specs[1:])
+    simulated = plan.processes(request(engine="mocker", workers=3, prefill_workers=2), {}, Path("/d"))
+    assert [s.name for s in simulated] == ["frontend", "prefill", "decode"]
+    assert "--num-workers 2" in words(simulated[1])
+    assert "--num-workers 3" in words(simulated[2])
+
+
+def test_prefill_workers_of_an_engine_that_has_none_are_refused() -> None:
+    with pytest.raises(plan.PlanError, match="--prefill-workers"):
+        plan.processes(request(engine="echo", prefill_workers=1), {}, Path("/d"))

@@ -33,6 +33,10 @@ def parser() -> OptionParser:
     p.option(what, "--kv-cache-block-size", metavar="N", type=int, help="tokens a KV block")
     workers = p.add_argument_group("workers")
     p.option(workers, "--num-workers", metavar="N", type=int, default=1, help="how many workers share the load")
+    p.option(
+        workers, "--prefill-workers", metavar="N", type=int, default=0,
+        help="so many more that only compute prompts; the others then decode (vllm, mocker)",
+    )  # fmt: skip
     p.option(workers, "--tensor-parallel-size", metavar="N", type=int, help="GPUs that one worker spans (vllm)")
     p.option(
         workers, "--router-mode", env="DYN_ROUTER_MODE", default="round-robin", choices=ROUTER_MODES, metavar="MODE",
@@ -101,6 +105,8 @@ def parse(argv: Sequence[str], stdin_is_terminal: bool) -> Order:
     for name in ("num_workers", "concurrency"):
         if getattr(options, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.prefill_workers < 0:
+        p.error("--prefill-workers must be at least 0")
     how = chosen.get("in") or ("text" if stdin_is_terminal else "stdin")
     batch_file = None
     if how.startswith("batch:"):

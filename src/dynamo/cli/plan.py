@@ -15,6 +15,7 @@ from dynamo.vllm import cpu
 
 ENGINES = ("vllm", "mocker", "echo")
 DEMO_NAME = "demo"
+MODE = "--disaggregation-mode"
 UNKNOWN_WEIGHTS = 1 << 40  # bytes: a model still on the hub counts as large
 GPU_MEMORY_SHARE = 0.9  # of a GPU, split among the workers that share it; vLLM's own default is about this
 NO_VLLM = """\
@@ -42,6 +43,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     model: Model
     engine: str
     workers: int
+    prefill_workers: int = 0
+    """Beside the others, which then decode only."""
     host: str
     port: int
     router_mode: str
@@ -51,6 +54,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     engine_flags: Sequence[str] = ()
     gpus: Sequence[str] = ()
     cores: int = 1
+
+    @property
+    def all_workers(self) -> int:
+        """Of both kinds."""
+        return self.workers + self.prefill_workers
+
+    @property
+    def roles(self) -> list[list[str]]:
+        """The flags of each worker that say which part it does."""
+        if not self.prefill_workers:
+            return [[]] * self.workers
+        return [[MODE, "prefill"]] * self.prefill_workers + [[MODE, "decode"]] * self.workers
 
 
 def find_model(word: str | None, name: str | None, cache: Path) -> Model:
@@ -138,19 +153,26 @@ def _vllm_workers(request: Request, environ: Mapping[str, str]) -> list[ChildSpe
     if request.model.is_demo and "--enforce-eager" not in argv:
         argv.append("--enforce-eager")  # compiling takes longer than a demo lasts
     placements = _on_gpus(request) if request.gpus else _on_cores(request, environ)
-    return [ChildSpec(f"worker-{i + 1}", [*argv, *flags], env) for i, (flags, env) in enumerate(placements)]
+    return [
+        ChildSpec(_name(i, role), [*argv, *flags, *role], env)
+        for i, ((flags, env), role) in enumerate(zip(placements, request.roles, strict=True))
+    ]
+
+
+def _name(index: int, role: Sequence[str]) -> str:
+    return f"{role[-1] if role else 'worker'}-{index + 1}"
 
 
 def _on_gpus(request: Request) -> list[tuple[list[str], dict[str, str]]]:
     """Give each worker as many GPUs as it spans, in turn; workers that share one split its memory."""
     each = min(request.tensor_parallel or 1, len(request.gpus))
     slots = len(request.gpus) // each
-    sharing = -(-request.workers // slots)
+    sharing = -(-request.all_workers // slots)
     flags = []
     if sharing > 1 and not any(f.startswith("--gpu-memory-utilization") for f in request.engine_flags):
         flags = ["--gpu-memory-utilization", f"{GPU_MEMORY_SHARE / sharing:.3f}"]
     placements = []
-    for i in range(request.workers):
+    for i in range(request.all_workers):
         first = i % slots * each
         placements.append((flags, {"CUDA_VISIBLE_DEVICES": ",".join(request.gpus[first : first + each])}))
     return placements
@@ -158,29 +180,39 @@ def _on_gpus(request: Request) -> list[tuple[list[str], dict[str, str]]]:
 
 def _on_cores(request: Request, environ: Mapping[str, str]) -> list[tuple[list[str], dict[str, str]]]:
     """Split the cores: each worker alone would take nearly all of them."""
-    if request.workers == 1:
+    if request.all_workers == 1:
         return [([], {})]
     directory = Path(request.model.path)
     weights = cpu.weights_bytes(directory) if directory.is_dir() else UNKNOWN_WEIGHTS
-    split = {s.name: s.value for s in cpu.environment(weights, request.cores, request.workers, environ)}
-    return [([], split)] * request.workers
+    split = {s.name: s.value for s in cpu.environment(weights, request.cores, request.all_workers, environ)}
+    return [([], split)] * request.all_workers
 
 
 def _mocker_workers(request: Request, environ: Mapping[str, str]) -> list[ChildSpec]:
-    return [_simulated("dynamo.mocker", request)]
+    if not request.prefill_workers:
+        return [_simulated("dynamo.mocker", request)]
+    prefill = msgspec.structs.replace(request, workers=request.prefill_workers)
+    return [
+        _simulated("dynamo.mocker", prefill, "prefill", [MODE, "prefill"]),
+        _simulated("dynamo.mocker", request, "decode", [MODE, "decode"]),
+    ]
 
 
 def _echo_workers(request: Request, environ: Mapping[str, str]) -> list[ChildSpec]:
+    if request.prefill_workers:
+        raise PlanError("--prefill-workers: out=echo computes no prompts; say out=vllm or out=mocker")
     return [_simulated("dynamo.echo", request)]
 
 
-def _simulated(module: str, request: Request) -> ChildSpec:
+def _simulated(module: str, request: Request, name: str = "worker", role: Sequence[str] = ()) -> ChildSpec:
     """Mocker and echo hold many workers in one process."""
     argv = ["-m", module, "--model-path", request.model.path, "--model-name", request.model.name]
     argv += ["--num-workers", str(request.workers)]
     argv += _given("--max-model-len", request.context_length)
     argv += _given("--block-size", request.block_size)
-    return ChildSpec("workers" if request.workers > 1 else "worker", [*argv, *request.engine_flags])
+    if request.workers > 1 and not role:
+        name += "s"
+    return ChildSpec(name, [*argv, *request.engine_flags, *role])
 
 
 def _given(flag: str, value: object) -> list[str]:

@@ -63,7 +63,8 @@ def _run(order: Order, console: Console) -> int:
     host = options.http_host if serve_others else "127.0.0.1"
     port = _port(host, options.http_port if serve_others else 0)
     request = plan.Request(
-        model=model, engine=engine, workers=options.num_workers, host=host, port=port,
+        model=model, engine=engine, workers=options.num_workers, prefill_workers=options.prefill_workers,
+        host=host, port=port,
         router_mode=options.router_mode, tensor_parallel=options.tensor_parallel_size,
         context_length=options.context_length, block_size=options.kv_cache_block_size,
         engine_flags=order.engine_flags, gpus=plan.visible_gpus(), cores=len(os.sched_getaffinity(0)),
@@ -72,7 +73,7 @@ def _run(order: Order, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="dynamo-run-") as discovery, _children(options.verbose) as children:
         for spec in plan.processes(request, os.environ, Path(discovery)):
             children.start(spec)
-        took = wait_until_ready(children, client, options.num_workers, options.ready_timeout, console)
+        took = wait_until_ready(children, client, request.all_workers, options.ready_timeout, console)
         console.print(f"ready after {took:.1f} s", style="dim", highlight=False)
         fields = _fields(options, model.is_demo)
         match order.how:

@@ -208,7 +208,9 @@ class EngineStream:
         answer = self._answer
         self.dispatched_at = now = perf_counter()
         answer.metrics.route_seconds.observe(now - self._dispatch_at)
-        answer.dispatched_at = answer.active_at = now
+        answer.active_at = now
+        if self._request.prefill_result is None:
+            answer.dispatched_at = now
         self._workers.start_request(instance_id, self._request, self, self.context)
 
     def cancel(self) -> None:
@@ -353,12 +355,15 @@ class EngineStream:
             return
         first = meter.first_token_at
         tokens = self.completion_tokens
-        self._answer.metrics.roundtrip_seconds.observe(first - self.dispatched_at)
+        ttft_s = first - self.dispatched_at
+        if self.remote is not None and self.remote.took_s:
+            ttft_s = self.remote.took_s  # the token was there before this worker was asked
+        self._answer.metrics.roundtrip_seconds.observe(ttft_s)
         self._answer.metrics.worker_answered(
             self.instance_id,
             self.dp_rank,
             self.prompt_tokens,
-            first - self.dispatched_at,
+            ttft_s,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
         )
 
