@@ -19,6 +19,7 @@ class EngineConfig(msgspec.Struct, kw_only=True):
     """What an engine says of itself once it has started. Sizes in tokens unless the name says blocks.
 
     `publishes_kv_events` is False where there is no prefix cache to tell of. Without a block size there are none.
+    `bootstrap_*` is where decode workers meet a prefill worker whose requests start at the same time as theirs.
     """
 
     model: str
@@ -33,6 +34,8 @@ class EngineConfig(msgspec.Struct, kw_only=True):
     data_parallel_size: int = 1
     publishes_kv_events: bool = True
     runtime_data: dict[str, Any] = {}
+    bootstrap_host: str | None = None
+    bootstrap_port: int | None = None
 
 
 class EngineCallbacks(Protocol):

@@ -212,6 +212,8 @@ class EngineWorker:
                 enable_local_indexer=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 kv_event_publishing_enabled=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 runtime_data=config.runtime_data,
+                bootstrap_host=config.bootstrap_host,
+                bootstrap_port=config.bootstrap_port,
             ),
             user_data=self.options.user_data,
             custom_template_path=worker.custom_jinja_template,

@@ -11,6 +11,7 @@ import msgspec
 
 from dynamo.engine.worker_args import (
     WorkerOptions,
+    add_disaggregation_options,
     add_worker_options,
     positive_int,
     refuse,
@@ -20,6 +21,7 @@ from dynamo.mocker.batching import SchedulerConfig
 from dynamo.mocker.sampler import Reasoning
 from dynamo.mocker.sequence import Sequence as MockSequence
 from dynamo.mocker.timing import StepTiming
+from dynamo.mocker.transfer import DEFAULT_BANDWIDTH_GB_S, DTYPES
 from dynamo.runtime.options import OptionParser
 
 EngineType = Literal["vllm", "sglang", "trtllm"]
@@ -36,7 +38,6 @@ _SGLANG = {
     "sglang_schedule_conservativeness": 1.0,
 }
 _FILE_ALIASES = {"num_gpu_blocks": "num_gpu_blocks_override", "dp_size": "data_parallel_size"}
-_DISAGGREGATION = "separate prefill and decode workers are not in this version"
 _LATER = {
     "--planner-profile-data": "timing from profile data is not in this version; see --speedup-ratio",
     "--ais-perf-model": "timing from a performance model is not in this version; see --speedup-ratio",
@@ -44,13 +45,8 @@ _LATER = {
     "--ais-backend-version": "timing from a performance model is not in this version; see --speedup-ratio",
     "--ais-tp-size": "timing from a performance model is not in this version; see --speedup-ratio",
     "--ais-nextn": "speculative decoding is not in this version",
-    "--disaggregation-mode": _DISAGGREGATION,
-    "--is-prefill-worker": _DISAGGREGATION,
-    "--is-decode-worker": _DISAGGREGATION,
-    "--bootstrap-ports": _DISAGGREGATION,
-    "--kv-transfer-bandwidth": _DISAGGREGATION,
-    "--kv-bytes-per-token": _DISAGGREGATION,
-    "--kv-cache-dtype": _DISAGGREGATION,
+    "--is-prefill-worker": "is now --disaggregation-mode prefill",
+    "--is-decode-worker": "is now --disaggregation-mode decode",
     "--response-replay-trace-path": "replaying responses is not in this version",
     "--zmq-kv-events-ports": "KV events in an engine's own wire format are not in this version",
     "--zmq-replay-ports": "KV events in an engine's own wire format are not in this version",
@@ -85,6 +81,11 @@ class MockerOptions(msgspec.Struct, frozen=True, kw_only=True):
     sglang_chunked_prefill_size: int
     sglang_clip_max_new_tokens: int
     sglang_schedule_conservativeness: float
+    bootstrap_ports: tuple[int, ...]
+    bootstrap_host: str
+    kv_transfer_bandwidth: float
+    kv_bytes_per_token: int | None
+    kv_cache_dtype: str
     worker: WorkerOptions
 
     @property
@@ -207,6 +208,31 @@ def make_parser() -> OptionParser:
         sglang, "--sglang-clip-max-new-tokens", type=positive_int, metavar="N", help="expect at most this much output"
     )
     parser.option(sglang, "--sglang-schedule-conservativeness", type=_ratio, metavar="X", help="more admits less")
+    pair = parser.add_argument_group("prefill and decode apart")
+    add_disaggregation_options(parser, pair)
+    parser.option(
+        pair,
+        "--bootstrap-ports",
+        type=_ports,
+        default="",
+        metavar="LIST",
+        help="one port a prefill worker, where decode workers wait that start with it; 0 takes a free one",
+    )
+    parser.option(pair, "--bootstrap-host", default="127.0.0.1", metavar="HOST", help="address of the bootstrap ports")
+    parser.option(
+        pair,
+        "--kv-transfer-bandwidth",
+        type=_ratio,
+        default=DEFAULT_BANDWIDTH_GB_S,
+        metavar="GB/S",
+        help="how fast KV moves; 0 means at once",
+    )
+    parser.option(
+        pair, "--kv-bytes-per-token", type=positive_int, metavar="N", help="size of KV (unset: by the model's config)"
+    )
+    parser.option(
+        pair, "--kv-cache-dtype", choices=list(DTYPES), default="auto", help="kind of numbers that size is for"
+    )
     trtllm = parser.add_argument_group("only with --engine-type trtllm")
     parser.option(
         trtllm,
@@ -246,6 +272,11 @@ def _options(args: argparse.Namespace) -> MockerOptions:
         raise ValueError(f"--trtllm-capacity-scheduler-policy: is for --engine-type trtllm, not {args.engine_type}")
     if args.sglang_schedule_policy == "fcfs":
         args.sglang_schedule_policy = "fifo"
+    ports = args.bootstrap_ports
+    if ports and args.disaggregation_mode != "prefill":
+        raise ValueError("--bootstrap-ports: are for --disaggregation-mode prefill")
+    if ports and len(ports) != args.num_workers:
+        raise ValueError(f"--bootstrap-ports: names {len(ports)} ports, but there are {args.num_workers} workers")
     values["block_size"] = args.block_size or BLOCK_SIZES[args.engine_type]
     values.setdefault("watermark", 0.01)
     fields = {name: values[name] for name in MockerOptions.__struct_fields__ if name != "worker"}
@@ -292,6 +323,14 @@ def _converted(action: argparse.Action | None, value: Any) -> Any:
     if action.choices is not None and converted not in action.choices:
         raise ValueError(f"{value!r} is not one of {', '.join(map(str, action.choices))}")
     return converted
+
+
+def _ports(text: str) -> tuple[int, ...]:
+    ports = tuple(int(word) for word in text.split(",") if word.strip())
+    for port in ports:
+        if not 0 <= port < 1 << 16:
+            raise argparse.ArgumentTypeError(f"{port} is not a port")
+    return ports
 
 
 def _ratio(text: str) -> float:

@@ -131,7 +131,8 @@ class BatchScheduler(Generic[S]):
     # --- planning a step ---
 
     def schedule(self, now: float) -> Step[S] | None:
-        """Plan the next step, or None when there is nothing to do. Blocks are taken now."""
+        """Plan the next step, or None when there is nothing to do until a request comes or blocks are given back.
+        Blocks are taken now."""
         if not self._by_id:
             return None
         step: Step[S] = Step(self.config.max_num_batched_tokens)
@@ -144,6 +145,8 @@ class BatchScheduler(Generic[S]):
             self._admit(step)
         if not self.config.mix_prefill_and_decode and not step.scheduled:
             self._continue(step, self.running)
+        if not step.scheduled and preempted == self.stats.preemptions.value:
+            return None
         share = step.context / self._capacity_tokens
         step.duration_s = self.timing.step_s(step.prefill_tokens, step.decodes, share)
         return step
@@ -195,7 +198,7 @@ class BatchScheduler(Generic[S]):
         count = step.scheduled.pop(seq, 0)
         if count:
             step.budget += count
-            if count > 1 or seq.num_computed < seq.num_prompt:
+            if count > 1 or (seq.num_computed < seq.num_prompt and not seq.transferred):
                 step.prefills -= 1
                 step.prefill_tokens -= count
             else:
@@ -236,23 +239,31 @@ class BatchScheduler(Generic[S]):
         if not budget or len(self.running) >= config.max_num_seqs:
             return None
         hit = self._cached_blocks(seq)
-        count = seq.num_tokens - hit * config.block_size
+        count = 1 if seq.transferred else seq.num_tokens - hit * config.block_size
         if count > budget:
             if not config.enable_chunked_prefill:
                 return None
             count = budget
         newly_used = self._reserved(seq) - hit + pool.count_idle(seq.names[:hit])
-        if self.running and pool.available - promised - newly_used < self._watermark:
-            return None
+        if self.running:
+            if pool.available - promised - newly_used < self._watermark:
+                return None
+        elif self._blocks_to_start(seq, hit, count) > pool.available:
+            return None  # blocks are kept for others to read
         return hit, count
+
+    def _blocks_to_start(self, seq: S, hit: int, count: int) -> int:
+        """Blocks that are not in use now and would be, with `hit` cached blocks and `count` tokens computed."""
+        before = seq.num_tokens - 1 if seq.transferred else hit * self.config.block_size
+        return -(-(before + count) // self.config.block_size) - hit + self.pool.count_idle(seq.names[:hit])
 
     def _start(self, seq: S, hit: int, count: int, step: Step[S]) -> None:
         seq.status = Status.RUNNING
         self.running.append(seq)
         self.pool.acquire(seq.names[:hit])
         seq.num_named = hit
-        seq.num_computed = hit * self.config.block_size
-        seq.room = seq.num_computed
+        seq.room = hit * self.config.block_size
+        seq.num_computed = seq.num_tokens - 1 if seq.transferred else seq.room
         if seq.num_cached is None:
             seq.num_cached = seq.num_computed
         target = seq.num_computed + count
@@ -260,8 +271,11 @@ class BatchScheduler(Generic[S]):
         self._name_full_blocks(seq, target)
         step.scheduled[seq] = count
         step.budget -= count
-        step.prefills += 1
-        step.prefill_tokens += count
+        if seq.transferred:  # its one position costs what a decoding sequence's does
+            step.context += target
+        else:
+            step.prefills += 1
+            step.prefill_tokens += count
 
     def _reserved(self, seq: S) -> int:
         """Blocks that `seq` is promised while it runs."""
@@ -307,8 +321,12 @@ class BatchScheduler(Generic[S]):
         """These running sequences have got all their tokens."""
         for seq in finished:
             del self._by_id[seq.id]
-            self._free(seq)
+            self._retire(seq)
         self.running = [seq for seq in self.running if seq.status is Status.RUNNING]
+
+    def _retire(self, seq: S) -> None:
+        """A sequence has all its tokens: what becomes of its blocks?"""
+        self._free(seq)
 
     def _free(self, seq: S) -> None:
         seq.status = Status.FINISHED
@@ -403,7 +421,9 @@ class BatchScheduler(Generic[S]):
 
     def load(self, dp_rank: int) -> LoadMetrics:
         """How busy this rank is now."""
-        prefill = sum(max(0, seq.num_prompt - seq.num_computed) for seq in (*self.running, *self.waiting))
+        prefill = sum(
+            max(0, seq.num_prompt - seq.num_computed) for seq in (*self.running, *self.waiting) if not seq.transferred
+        )
         return LoadMetrics(
             worker_id=0,
             dp_rank=dp_rank,

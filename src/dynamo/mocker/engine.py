@@ -7,12 +7,19 @@ With no time to pass (`speedup_ratio` 0) a step is one turn of the loop, so that
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from dynamo.engine.contract import EngineCallbacks, EngineConfig
-from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.engine.handoff import DEFAULT_LEASE_S, Ledger
+from dynamo.engine.takeover import Claims
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+from dynamo.mocker.bootstrap import BootstrapServer
 from dynamo.mocker.sampler import Sampler
 from dynamo.mocker.scheduler import Scheduler, SchedulerConfig, Step
+from dynamo.mocker.sequence import TokenSequence
+from dynamo.mocker.split import Decode, Prefill, layout_of
 from dynamo.mocker.timing import StepTiming
+from dynamo.mocker.transfer import TransferTiming
 from dynamo.runtime.errors import EngineShutdown, InvalidArgument
 
 LOAD_INTERVAL_S = 0.02  # between two reports of the load while it changes at every step
@@ -21,7 +28,8 @@ HELD_S = 0.001  # until an instant engine looks again whether its callers have c
 
 @dataclass(frozen=True, slots=True)
 class MockerConfig:
-    """One simulated worker. `startup_time_s` is how long it pretends to load weights."""
+    """One simulated worker. `startup_time_s` is how long it pretends to load weights. `bootstrap` is where a prefill
+    worker listens for decode workers that start with it, as (host, port); `lease_s` how long it keeps a prompt's KV."""
 
     model: str
     served_model_name: str
@@ -29,6 +37,9 @@ class MockerConfig:
     timing: StepTiming
     data_parallel_size: int = 1
     startup_time_s: float = 0.0
+    transfer: TransferTiming = TransferTiming()  # noqa: RUF009 - frozen
+    lease_s: float = DEFAULT_LEASE_S
+    bootstrap: tuple[str, int] | None = None
 
 
 class _Rank:
@@ -57,7 +68,7 @@ class _Rank:
         if self._step is not None:
             outputs = scheduler.complete(self._step, now)
             if outputs:
-                engine.callbacks.on_outputs(outputs)
+                engine.deliver(outputs)
             events = scheduler.take_kv_events()
             if events:
                 engine.callbacks.on_kv_events(events, self.dp_rank)
@@ -98,6 +109,17 @@ class MockerEngine:
             Scheduler(config.scheduler, config.timing, sampler) for _ in range(config.data_parallel_size)
         ]
         self._ranks: list[_Rank] = []
+        self._role: Prefill | Decode | None = None
+        self._bootstrap: BootstrapServer | None = None
+
+    def bind_handoff(self, handoff: Ledger | Claims) -> None:
+        """See `SplitEngine`."""
+        config = self.config
+        layout = layout_of(config.served_model_name, config.scheduler.block_size)
+        if isinstance(handoff, Claims):
+            self._role = Decode(self, handoff, layout, config.transfer)
+        else:
+            self._role = Prefill(self, handoff, layout, config.transfer, config.lease_s)
 
     async def start(self, callbacks: EngineCallbacks) -> EngineConfig:
         """See `LLMEngine.start`."""
@@ -105,6 +127,9 @@ class MockerEngine:
         self.callbacks = callbacks
         self._ranks = [_Rank(self, rank, scheduler) for rank, scheduler in enumerate(self.schedulers)]
         limits = self.config.scheduler
+        if isinstance(self._role, Prefill) and self.config.bootstrap is not None:
+            self._bootstrap = self._role.bootstrap = BootstrapServer(self.config.lease_s)
+            await self._bootstrap.start(*self.config.bootstrap)
         return EngineConfig(
             model=self.config.model,
             served_model_name=self.config.served_model_name,
@@ -116,10 +141,27 @@ class MockerEngine:
             data_parallel_size=self.config.data_parallel_size,
             publishes_kv_events=limits.enable_prefix_caching,
             runtime_data={"engine": "mocker"},
+            bootstrap_host=self._bootstrap.host if self._bootstrap else None,
+            bootstrap_port=self._bootstrap.port if self._bootstrap else None,
         )
 
     def submit(self, request_id: str, request: PreprocessedRequest) -> None:
-        """See `LLMEngine.submit`. The rank is the one that routing names, else the one with the fewest requests."""
+        """See `LLMEngine.submit`."""
+        if self._role is not None:
+            self._role.submit(request_id, request)
+        elif request.prefill_result is not None or request.bootstrap_info is not None:
+            raise InvalidArgument(
+                "this worker computes prompts itself; it cannot take over another worker's prefill", "prefill_result"
+            )
+        else:
+            self.enqueue(request_id, request)
+
+    # --- what a role asks of the engine
+
+    def enqueue(
+        self, request_id: str, request: PreprocessedRequest, *, keep: bool = False, transferred: int | None = None
+    ) -> None:
+        """Queue a request at the rank that routing names, else at the one with the fewest requests."""
         if not self._ranks:
             raise EngineShutdown("the engine is not running")
         asked = request.routing.dp_rank if request.routing else None
@@ -129,11 +171,41 @@ class MockerEngine:
             rank = self._ranks[asked]
         else:
             raise InvalidArgument(f"dp_rank: {asked} is not one of this worker's {len(self._ranks)} ranks", "dp_rank")
-        rank.scheduler.add(request_id, request, asyncio.get_running_loop().time())
+        now = asyncio.get_running_loop().time()
+        rank.scheduler.add(request_id, request, now, transferred=transferred)
+        if keep:
+            rank.scheduler.keep(request_id)
         rank.wake()
+
+    def take_kept(self, request_id: str) -> Callable[[], None]:
+        """What frees the blocks that a finished request kept."""
+        for rank in self._ranks:
+            sequence = rank.scheduler.take_kept(request_id)
+            if sequence is not None:
+                return partial(self._free_kept, rank, sequence)
+        raise KeyError(request_id)
+
+    def _free_kept(self, rank: _Rank, sequence: TokenSequence) -> None:
+        rank.scheduler.free_kept(sequence)
+        if self._ranks:
+            rank.wake()
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """End a request that no scheduler has."""
+        self.callbacks.on_error(request_id, error)
+
+    def deliver(self, outputs: list[tuple[str, EngineOutput]]) -> None:
+        """Hand on what a step made."""
+        role = self._role
+        if role is not None:
+            outputs = [(request_id, output) for request_id, output in outputs if role.on_output(request_id, output)]
+        if outputs:
+            self.callbacks.on_outputs(outputs)
 
     def abort(self, request_id: str) -> None:
         """See `LLMEngine.abort`."""
+        if self._role is not None:
+            self._role.forget(request_id)
         for rank in self._ranks:
             if rank.scheduler.abort(request_id):
                 rank.wake()
@@ -146,6 +218,8 @@ class MockerEngine:
 
     async def stop(self) -> None:
         """See `LLMEngine.stop`."""
+        if self._role is not None:
+            await self._role.close()
         for rank in self._ranks:
             rank.stop()
         self._ranks = []

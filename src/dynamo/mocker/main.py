@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ from dynamo.mocker import stats
 from dynamo.mocker.args import MockerOptions, parse_args
 from dynamo.mocker.engine import MockerConfig, MockerEngine
 from dynamo.mocker.sampler import Sampler
+from dynamo.mocker.transfer import TransferTiming, kv_bytes_per_token
 from dynamo.mocker.vocabulary import sayable_tokens
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import InvalidArgument
@@ -40,6 +42,11 @@ async def serve(runtime: DistributedRuntime, options: MockerOptions) -> int:
         timing=options.timing,
         data_parallel_size=options.data_parallel_size,
         startup_time_s=options.startup_time,
+        transfer=TransferTiming(
+            options.kv_bytes_per_token or kv_bytes_per_token(directory, options.kv_cache_dtype),
+            options.kv_transfer_bandwidth,
+            options.speedup_ratio,
+        ),
     )
     dump_config(options.worker.dump_config_to, msgspec.to_builtins(options))
     try:
@@ -47,10 +54,16 @@ async def serve(runtime: DistributedRuntime, options: MockerOptions) -> int:
     except InvalidArgument as e:
         raise ValueError(f"--model-path: {e}") from None
     sampler = Sampler(vocabulary, options.reasoning)
+    ports = options.bootstrap_ports or (None,) * options.num_workers
     workers = [
-        _worker(runtime, options, config, sampler, directory, id_) for id_ in instance_ids(runtime, options.num_workers)
+        _worker(runtime, options, _with_port(config, options, port), sampler, directory, id_)
+        for id_, port in zip(instance_ids(runtime, options.num_workers), ports, strict=True)
     ]
     return await serve_workers("mocker", workers, stagger_s(options))
+
+
+def _with_port(config: MockerConfig, options: MockerOptions, port: int | None) -> MockerConfig:
+    return config if port is None else replace(config, bootstrap=(options.bootstrap_host, port))
 
 
 def _worker(

@@ -7,7 +7,7 @@ from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, Preproces
 from dynamo.mocker.batching import BatchScheduler, SchedulerConfig
 from dynamo.mocker.batching import Step as BatchStep
 from dynamo.mocker.sampler import Sampler
-from dynamo.mocker.sequence import TokenSequence
+from dynamo.mocker.sequence import Status, TokenSequence
 from dynamo.mocker.timing import StepTiming
 
 __all__ = ["Scheduler", "SchedulerConfig", "Step"]
@@ -21,16 +21,49 @@ class Scheduler(BatchScheduler[TokenSequence]):
     def __init__(self, config: SchedulerConfig, timing: StepTiming, sampler: Sampler) -> None:
         super().__init__(config, timing)
         self._sampler = sampler
+        self._keep: set[str] = set()
+        self._kept: dict[str, TokenSequence] = {}
 
-    def add(self, request_id: str, request: PreprocessedRequest, now: float) -> None:
+    def add(self, request_id: str, request: PreprocessedRequest, now: float, *, transferred: int | None = None) -> None:
         """Queue a request.
+
+        Args:
+            transferred: the prompt's KV comes from elsewhere; so many of its tokens were found in a cache there.
 
         Raises:
             InvalidArgument: it can never be served, or says something impossible; names the field.
         """
         room = self.check(request_id, len(request.token_ids))
         script = self._sampler.script(request, room)
-        self.enqueue(TokenSequence(request_id, request, script, self.config.block_size, now))
+        sequence = TokenSequence(request_id, request, script, self.config.block_size, now)
+        if transferred is not None:
+            sequence.transferred, sequence.num_cached = True, transferred
+        self.enqueue(sequence)
+
+    def keep(self, request_id: str) -> None:
+        """Hold this request's blocks once it has ended, until `free_kept`."""
+        self._keep.add(request_id)
+
+    def take_kept(self, request_id: str) -> TokenSequence | None:
+        """The sequence of a request that has ended and still has its blocks."""
+        return self._kept.pop(request_id, None)
+
+    def free_kept(self, sequence: TokenSequence) -> None:
+        """Give its blocks back."""
+        self._free(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """See `BatchScheduler.abort`."""
+        self._keep.discard(request_id)
+        return super().abort(request_id)
+
+    def _retire(self, seq: TokenSequence) -> None:
+        if seq.id in self._keep:
+            self._keep.discard(seq.id)
+            seq.status = Status.FINISHED
+            self._kept[seq.id] = seq
+        else:
+            self._free(seq)
 
     def complete(self, step: Step, now: float) -> list[tuple[str, EngineOutput]]:
         """The step's time has passed: every sequence that is computed to its end puts out its next token."""

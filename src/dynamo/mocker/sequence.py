@@ -20,7 +20,8 @@ class Sequence:
     """How many tokens there are, how many of them have their KV computed, and the blocks that hold it.
 
     The first `num_named` blocks are full and shared under `names` (sequence hashes), the other `num_blanks` are
-    its own. `room` is the number of tokens that all of them hold. What the tokens are is a subclass's affair.
+    its own. `room` is the number of tokens that all of them hold. `transferred` says that the KV of all but the last
+    token comes from elsewhere and only needs room. What the tokens are is a subclass's affair.
     """
 
     __slots__ = (
@@ -38,6 +39,7 @@ class Sequence:
         "num_tokens",
         "room",
         "status",
+        "transferred",
     )
 
     def __init__(self, id_: str, num_prompt: int, max_tokens: int, block_size: int, now: float) -> None:
@@ -53,6 +55,7 @@ class Sequence:
         self.num_named = 0
         self.num_blanks = 0
         self.room = 0
+        self.transferred = False
         self.names: list[int] = []
         self.contents: list[int] = []
 
@@ -78,6 +81,7 @@ class Sequence:
     def forget_blocks(self) -> None:
         """The blocks are given back: everything must be computed again."""
         self.num_computed = self.num_named = self.num_blanks = self.room = 0
+        self.transferred = False
 
 
 class TokenSequence(Sequence):
