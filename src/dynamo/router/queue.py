@@ -176,10 +176,14 @@ class RouterQueue:
         self._by_age: deque[Waiting] = deque()
         self._pumping = self._pump_again = False
 
-    @property
-    def waiting_tokens(self) -> int:
-        """Prompt tokens that workers will have to compute for requests that wait."""
-        return sum(queue.isl_tokens - queue.cached_tokens for queue in self._ring) if self.pending else 0
+    def tokens_ahead(self, request: RouteRequest, cached_tokens: int, now: float) -> int:
+        """Prompt tokens that workers will have to compute for those who wait and would go before this request."""
+        if not self.pending:
+            return 0
+        queue = self.classes[self.profile.classify(request.policy_class, request.token_count - cached_tokens).name]
+        place = self._key(request, max(1, request.token_count - cached_tokens), now, queue.policy.queue_policy)
+        waiting = (each for lane in queue.lanes.values() for each in lane.entries())
+        return sum(each.uncached_tokens for each in waiting if each.order[:2] <= place)
 
     # --- coming in
 
@@ -269,15 +273,21 @@ class RouterQueue:
             self._by_age.append(waiting)
 
     def _order(self, waiting: Waiting, queue_policy: str) -> tuple[float, float, int]:
-        request = waiting.request
-        offset = waiting.queued_at - (self._began or 0.0)
+        place = self._key(waiting.request, waiting.uncached_tokens, waiting.queued_at, queue_policy)
+        return *place, next(self._numbers)
+
+    def _key(
+        self, request: RouteRequest, uncached_tokens: int, queued_at: float, queue_policy: str
+    ) -> tuple[float, float]:
+        """The place in the queue; the lowest goes first."""
+        offset = queued_at - (self._began or 0.0)
         if queue_policy == "fcfs":
             key = request.priority_jump - offset
         elif queue_policy == "lcfs":
             key = request.priority_jump + offset
         else:
-            key = (1 + request.priority_jump) / waiting.uncached_tokens
-        return -request.strict_priority, -key, next(self._numbers)
+            key = (1 + request.priority_jump) / uncached_tokens
+        return -request.strict_priority, -key
 
     # --- going out
 

@@ -14,8 +14,9 @@ import msgspec
 
 from dynamo.router.config import KvRouterConfig
 
-STALL = 0.7  # what a second of standing still costs a request in decode, in seconds of waiting for a first token:
-# 0.25 lets too many prompts stay, 2 leaves decode workers idle (benchmarks/replay_disagg.py)
+STALL = 3.5  # What a second of standing still costs each request in decode, in seconds of waiting for a first token, at
+# a worker whose blocks are all held; less where fewer are. 0.7 everywhere lets nothing stay at low load, 0.15 too much
+# at high load (benchmarks/replay_disagg.py).
 
 
 class SplitView(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,7 +135,10 @@ class BoundingOrLoad:
 
 
 class Predicted:
-    """Where the prompt costs everybody less time: its own client's wait, and that of those it would hold up."""
+    """Where the prompt costs everybody less time: its own client's wait, and that of those it would hold up.
+
+    The fuller a decode worker is, the longer its steps take and the less it can make up for standing still.
+    """
 
     name: ClassVar[str] = "predicted"
 
@@ -144,7 +148,7 @@ class Predicted:
     def decide(self, view: SplitView) -> Split:
         """See `SplitPolicy`."""
         here = view.step_s + view.decode_new_tokens * view.token_s
-        stalled = STALL * here * view.decoding
+        stalled = STALL * view.decode_load * here * view.decoding
         local = view.decode_queued_tokens * view.token_s + here + stalled
         there = view.step_s + (view.prefill_queued_tokens + view.prefill_new_tokens) * view.token_s
         remote = there + view.transfer_s

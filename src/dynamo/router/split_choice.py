@@ -38,8 +38,8 @@ class SplitChoice:
         at = fleet.position[here.worker]
         limits = fleet.limits[at]
         step_s, token_s = _prompt_time(self._prefill)
-        waiting = self._prefill_queue.waiting_tokens // len(self._prefill.load.workers)
-        queued = _queued(self._prefill, there, now, token_s) + waiting
+        ahead = self._prefill_queue.tokens_ahead(request, request.token_count - there.new_tokens, now)
+        queued = _queued(self._prefill, there, now, token_s) + ahead // len(self._prefill.load.workers)
         prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
         return SplitView(
             prompt_tokens=request.token_count,
