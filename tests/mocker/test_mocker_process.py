@@ -280,3 +280,23 @@ async def test_a_model_directory_that_is_no_good_is_one_line(tmp_path, what):
     assert err.startswith(b"mocker: error: --model-path: ")
     assert str(directory).encode() in err
     assert err.count(b"\n") == 1
+
+
+async def test_prefill_and_decode_processes_answer_as_one(model_dir):
+    async with (
+        mocker(model_dir, "--disaggregation-mode", "prefill", "--speedup-ratio", "0", "--bootstrap-ports", "0"),
+        mocker(model_dir, "--disaggregation-mode", "decode", "--speedup-ratio", "0"),
+        caller() as (runtime, decode),
+    ):
+        prefill = await runtime.endpoint("dynamo.prefill.generate").client()
+        await prefill.wait_for_instances(DEADLINE_S)
+        wanted = msgspec.to_builtins(preprocessed(range(3, 300), 6))
+        (first,) = [item async for item in await prefill.generate(wanted, annotated=False)]
+        wanted["prefill_result"] = {name: first[name] for name in ("token_ids", "disaggregated_params")}
+        rest = [item async for item in await decode.generate(wanted, annotated=False)]
+        assert len([token for item in rest for token in item["token_ids"]]) == 5
+        assert rest[0]["engine_data"]["kv_transfer"]["tokens"] == 297
+        cards = [msgspec.json.decode(card) for card in (await runtime.discovery.get_prefix("v1/mdc/")).values()]
+        assert sorted(card["worker_type"] for card in cards) == ["decode", "prefill"]
+        (bootstrap,) = [c["runtime_config"] for c in cards if c["worker_type"] == "prefill"]
+        assert bootstrap["bootstrap_port"] > 0
