@@ -10,6 +10,7 @@ from dynamo.llm.protocols.engine import Routing
 from dynamo.router import model_router as module
 from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
 from dynamo.router.model_router import ModelRouter
+from dynamo.router.stats import TIMED_EVERY
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.errors import InvalidArgument, RouterQueueLimitExceeded, WorkerOverloaded, WorkerUnavailable
 from dynamo.runtime.events import create_publisher
@@ -111,7 +112,7 @@ async def test_adapters_and_tenants_have_prefixes_of_their_own(runtime, two):
 
 async def test_what_routing_costs_is_measured_now_and_then(runtime, two):
     async with routing(runtime) as router:
-        for i in range(33):
+        for i in range(2 * TIMED_EVERY + 1):
             Asked(router, prompt(1), f"r{i}")
         stats = router.stats
         for each in (stats.block_hashing_ms, stats.seq_hashing_ms, stats.find_matches_ms, stats.scheduling_ms):

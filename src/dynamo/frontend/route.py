@@ -17,7 +17,8 @@ from dynamo.runtime.errors import DynamoException
 def wanted_of(router: ModelRouter, request: PreprocessedRequest, context: Context) -> RouteRequest:
     """What the router has to know of a prompt. Raises InvalidArgument for what it cannot do."""
     wanted = router.request(context.id(), request, context.metadata)
-    check_override(wanted.override, router.config.router_policy)
+    if wanted.override is not None:
+        check_override(wanted.override, router.config.router_policy)
     return wanted
 
 

@@ -15,6 +15,7 @@ from dynamo.router.active_load import ActiveLoad, Booking
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies import Policy, make_policy
 from dynamo.router.types import (
+    NO_OVERLAP,
     Decision,
     Decoded,
     Overlap,
@@ -93,16 +94,10 @@ class KvScheduler:
         shared: Sequence[tuple[int, Collection[int]]] = ()
         if self.shares(request):
             shared = self.load.shared_blocks(hashes)
+        size = self.block_size
         return View(
-            fleet=self.load,
-            request=request,
-            block_size=self.block_size,
-            blocks=-(-request.token_count // self.block_size),
-            held=held,
-            shared=shared,
-            most_overlap=most,
-            now=now,
-        )
+            self.load, request, size, -(-request.token_count // size), held, shared, most, now
+        )  # by place: fast
 
     def select(self, request: RouteRequest, now: float, *, explain: bool = False) -> Decision:
         """The worker for this request. Changes nothing: `book` does.
@@ -116,14 +111,16 @@ class KvScheduler:
         if request.preferred_taints:
             costs = self._prefer(costs, request.preferred_taints)
         position, reason = self._choose(costs, eligible, self._temperature(request))
-        overlap = view.overlap(position)
+        overlap = view.overlap(position) if view.held else NO_OVERLAP
         new_tokens = view.new_tokens_after(overlap)
         return Decision(
             worker=self.load.workers[position],
             overlap=overlap,
             new_tokens=new_tokens,
             cost=costs[position],
-            hit_rate=1 - new_tokens / request.token_count if overlap.total and request.token_count else 0.0,
+            hit_rate=1 - new_tokens / request.token_count
+            if overlap is not NO_OVERLAP and overlap.total and request.token_count
+            else 0.0,
             policy=self.policy.name,
             reason=reason,
             candidates=len(costs) if eligible is None else len(eligible),
@@ -284,7 +281,7 @@ class KvScheduler:
             KeyError: the worker is gone, or the request's id is booked already.
         """
         hashes: Sequence[int] = request.sequence_hashes if self.shares(request) else ()
-        load = self.load
+        load, computes = self.load, self._track_prefill(request)
         learns = self.policy.learns and now >= self._next_lesson_at
         if learns:
             at = load.position[decision.worker]
@@ -294,14 +291,14 @@ class KvScheduler:
                 load.requests[at] - load.prefill_requests[at],
                 load.decode_blocks[at],
                 decision.new_tokens,
-                self._track_prefill(request),
+                computes,
             )
         expected = request.expected_output_tokens if self.config.router_track_output_blocks else None
         load.book(
             request.request_id,
             decision.worker,
             hashes,
-            decision.new_tokens if self._track_prefill(request) else 0,
+            decision.new_tokens if computes else 0,
             now,
             private_blocks=self._private_blocks(request, len(hashes)),
             expected_blocks=(expected or 0) / self.block_size,

@@ -24,15 +24,17 @@ class TimedSource:
 
     def find(self, sequence_hashes: Sequence[int], now: float) -> dict[WorkerKey, Overlap]:
         """See `OverlapSource`."""
-        found: dict[WorkerKey, Overlap] = self._look(self._find, sequence_hashes, now)
+        if not self._stats.is_timed("find"):
+            return self._find(sequence_hashes, now)
+        found: dict[WorkerKey, Overlap] = self._timed(self._find, sequence_hashes, now)
         return found
 
     def _timed_groups(self, sequence_hashes: Sequence[int], now: float) -> Any:
-        return self._look(self._groups, sequence_hashes, now)
-
-    def _look(self, look: Callable[..., Any], sequence_hashes: Sequence[int], now: float) -> Any:
         if not self._stats.is_timed("find"):
-            return look(sequence_hashes, now)
+            return self._groups(sequence_hashes, now)
+        return self._timed(self._groups, sequence_hashes, now)
+
+    def _timed(self, look: Callable[..., Any], sequence_hashes: Sequence[int], now: float) -> Any:
         start = perf_counter()
         found = look(sequence_hashes, now)
         self._stats.find_matches_ms.observe((perf_counter() - start) * 1000)

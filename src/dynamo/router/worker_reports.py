@@ -76,6 +76,17 @@ class WorkerReports:
 
     def _plausible(self, worker: WorkerKey, report: LoadMetrics, limits: WorkerLimits) -> LoadMetrics:
         blocks = limits.total_blocks if limits.total_blocks is not None else MAX_BLOCKS
+        if (
+            0 <= report.active_decode_blocks <= blocks
+            and 0 <= report.kv_used_blocks <= blocks
+            and 0 <= report.active_prefill_tokens <= MAX_TOKENS
+            and 0 <= report.running_requests <= MAX_REQUESTS
+            and 0 <= report.waiting_requests <= MAX_REQUESTS
+        ):
+            return report
+        return self._clamped(worker, report, blocks)
+
+    def _clamped(self, worker: WorkerKey, report: LoadMetrics, blocks: int) -> LoadMetrics:
         greatest: Mapping[str, int] = {
             "active_decode_blocks": blocks,
             "active_prefill_tokens": MAX_TOKENS,
@@ -85,8 +96,6 @@ class WorkerReports:
         }
         given = {name: getattr(report, name) for name in greatest}
         clamped = {name: min(greatest[name], max(0, value)) for name, value in given.items()}
-        if clamped == given:
-            return report
         self.corrected[worker] += 1
         wrong = ", ".join(f"{name}={given[name]}" for name in given if given[name] != clamped[name])
         rarely.warning(

@@ -14,6 +14,8 @@ The learning is that of `predicted`.
 """
 
 import math
+from collections.abc import Iterable
+from itertools import repeat
 from typing import ClassVar
 
 from dynamo.router.config import KvRouterConfig
@@ -46,14 +48,20 @@ class MarginalCost(PredictedLatency):
         fleet, backlog = view.fleet, self.backlog
         self._refresh(view)
         passed = view.now * backlog.rate
-        new_tokens = view.overlap_column(lambda held: NEW * view.new_tokens_after(held), NEW * view.request.token_count)
-        fair, crowd = self._fair(view), CROWD * view.block_size
-        columns = zip(self._behind, self._ahead, new_tokens, fleet.context_blocks, strict=True)
+        context = fleet.context_blocks
+        fair, crowd = FAIR * sum(context) / len(context), CROWD * view.block_size
+        new_tokens: Iterable[float] = repeat(NEW * view.request.token_count)
+        if view.held:
+            new_tokens = view.overlap_column(
+                lambda held: NEW * view.new_tokens_after(held), NEW * view.request.token_count
+            )
+        columns = zip(self._behind, self._ahead, new_tokens, context, strict=False)  # nothing held has no end
         costs = [
             (behind if behind > (left := ahead - passed) else left) + new + (crowd * (c - fair) if c > fair else 0.0)
             for behind, ahead, new, c in columns
         ]
-        self._add_overflow(view, costs)
+        if max(fleet.decode_blocks) + view.blocks > self._least_room:
+            self._add_overflow(view, costs)
         paces = self.paces(fleet)
         if paces is not None:
             costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
@@ -65,7 +73,10 @@ class MarginalCost(PredictedLatency):
         return FAIR * sum(view.fleet.context_blocks) / len(view.fleet.context_blocks)
 
     def _refresh(self, view: View) -> None:
-        """Bring the lines up to date, where something happened."""
+        """Bring the lines, and the least room of any, up to date where something happened."""
+        if view.fleet.version != self._room_version:
+            self._room_version = view.fleet.version
+            self._least_room = min((lim.total_blocks or math.inf for lim in view.fleet.limits), default=math.inf)
         held_by, blocks, backlog = HELD * view.block_size, view.fleet.decode_blocks, self.backlog
         touched = backlog.refresh(view.fleet, self.tokens_a_second)
         if len(self._behind) != len(backlog.behind):
@@ -78,11 +89,6 @@ class MarginalCost(PredictedLatency):
     def _add_overflow(self, view: View, costs: list[float]) -> None:
         """Charge for blocks that a worker has no room for."""
         fleet = view.fleet
-        if fleet.version != self._room_version:
-            self._room_version = fleet.version
-            self._least_room = min((lim.total_blocks or math.inf for lim in fleet.limits), default=math.inf)
-        if max(fleet.decode_blocks) + view.blocks <= self._least_room:
-            return
         over_by = OVER * view.block_size
         columns = zip(fleet.decode_blocks, view.shared_block_column(), fleet.limits, strict=True)
         for position, (held, shared, limits) in enumerate(columns):
