@@ -53,6 +53,8 @@ class Run(msgspec.Struct, frozen=True):
     decode: int
     split: str
     speed: float
+    queue: bool = True
+    """Whether prompts may wait at the router. For aggregated workers it changes next to nothing, so they have none."""
     throughput: float = 0.0
     client: float = 0.0
     peer: float = 0.0
@@ -76,9 +78,12 @@ def plans() -> Iterator[Run]:
     prefill, decode = BEST
     yield from (Run("whole", 0, WORKERS, "", speed) for speed in (3.2, 3.4, 3.6))
     yield from (Run("whole", prefill, decode, "predicted", speed) for speed in (4.2, 4.8))
+    yield from (Run("whole", prefill, decode, "predicted", speed, queue=False) for speed in (4.2, 4.4))
     loads = (2.4, 3.0, 3.6, 4.2, 4.8, 5.4)
     yield from (Run("policy", 0, WORKERS, "", speed) for speed in loads)
     yield from (Run("policy", prefill, decode, split, speed) for split in POLICIES for speed in loads)
+    for split in ("always", "predicted"):
+        yield from (Run("queue", prefill, decode, split, speed, queue=False) for speed in (3.6, 4.2, 4.8))
     yield from (Run("pools", p, WORKERS - p, "predicted", 4.2) for p in (2, 4, 5))
 
 
@@ -96,7 +101,7 @@ def run(plan: Run) -> Run:
         pools=pools,
         split=plan.split or None,
         policy="marginal",
-        router=QUEUE if plan.prefill else KvRouterConfig(),  # aggregated workers do a little better without the queue
+        router=QUEUE if plan.prefill and plan.queue else KvRouterConfig(),
         speedup=plan.speed,
     ).run(on_record=records.append)
     summary = outcome.summary
@@ -119,7 +124,7 @@ def run(plan: Run) -> Run:
 
 def is_of(result: Run, plan: Run) -> bool:
     """Whether it is what came of this plan."""
-    names = ("set", "prefill", "decode", "split", "speed")
+    names = ("set", "prefill", "decode", "split", "speed", "queue")
     return all(getattr(result, name) == getattr(plan, name) for name in names)
 
 
@@ -133,6 +138,7 @@ def is_good(record: Record, first_s: float) -> bool:
 COLUMNS: tuple[tuple[str, Callable[[Run], str]], ...] = (
     ("workers", lambda r: r.fleet),
     ("split", lambda r: r.split or "-"),
+    ("queue", lambda r: "yes" if r.prefill and r.queue else "-"),
     ("load", lambda r: f"x{r.speed:g}"),
     ("req/s", lambda r: f"{r.throughput:.2f}"),
     ("good/s, client", lambda r: f"{r.client:.2f}"),
@@ -153,6 +159,7 @@ def show(runs: list[Run]) -> None:
     for name, title in (
         ("whole", "The whole trace"),
         ("policy", f"Which prompts travel (its first {SHORT:,} requests)"),
+        ("queue", "The same without a queue at the router"),
         ("pools", "How many prefill workers (the same requests)"),
     ):
         print(f"\n{title}\n")
@@ -197,7 +204,7 @@ def verdict(runs: list[Run]) -> int:
 def main() -> int:
     """Run, show, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=tuple(POLICIES), help="run this split policy again, keep the other results")
+    parser.add_argument("--only", choices=("missing", *POLICIES), help="run this split policy again, keep the rest")
     parser.add_argument("--recorded", action="store_true", help="show the last results again")
     args = parser.parse_args()
     if not args.recorded:
