@@ -10,12 +10,11 @@ filled. Engines evict ends first, so holes are rare; they are counted apart and 
 """
 
 import struct
-from array import array
 from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
-from dynamo.llm.block_hash import next_sequence_hash, sequence_hashes
+from dynamo.llm.block_hash import PAIR, next_sequence_hash, sequence_hashes
 from dynamo.router.account import Account, HeldRun
 from dynamo.router.levels import Level, cut_at_holes
 from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
@@ -24,6 +23,7 @@ SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
 WALKED_RUNS = 8  # going on to the next run costs two looks of a bisection, which takes ten for 850 blocks ...
 WALKED_BLOCKS = 8  # ... and where runs have so many blocks, they are the shorter way
 FEW_LEVELS = 4  # with more, it is cheaper to name each holder once than to look all sets up
+NONE: frozenset[int] = frozenset()
 MAX_HASH = (1 << 64) - 1
 MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
 
@@ -269,14 +269,14 @@ class BlockIndex(Generic[H]):
         try:
             seqs = sequence_hashes(local_hashes, above)
             if above is None:
-                array("Q", seqs[:1])  # the first of all is its own sequence hash: nothing has looked at it yet
+                PAIR.pack(0, seqs[0])  # the first of all is its own sequence hash: nothing has looked at it yet
         except (struct.error, OverflowError, TypeError) as e:
             raise ValueError(f"tokens_hash: not an unsigned 64-bit number: {e}") from e
         if slot.names is None and names != seqs:
             slot.names = self._own_names(slot)
         fresh = self._reach(slot, above, seqs, local_hashes)
         added = count - fresh
-        filled: frozenset[int] = frozenset()
+        filled = NONE
         if fresh and slot.holes:
             filled = self._fill_all(slot, seqs[:fresh])
             added += len(filled)

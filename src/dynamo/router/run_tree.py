@@ -19,6 +19,7 @@ from operator import delitem, setitem
 SHARDS = 8  # a power of two; the longest pause is then 8 ms at two million blocks, and storing costs 2 % more
 LAST_BITS = SHARDS - 1
 LAST_BITS_OF_BYTE = bytes(byte & LAST_BITS for byte in range(256))
+FEW = 8  # blocks that are entered one by one sooner than together
 LOW_BYTE = 0 if sys.byteorder == "little" else 7  # of a hash in an array
 
 
@@ -111,9 +112,10 @@ class RunTree:
 
     def _enter(self, seqs: Iterable[int], packed: "array[int]", run: Run) -> None:
         """Let the blocks' hashes, given twice, lead to this run."""
-        if len(packed) == 1:  # one decoded block: as frequent as all others together
+        if len(packed) <= FEW:  # a decoded block, or a short prompt
+            ids, run_id = self.ids, run.id
             for seq in seqs:
-                self.ids[seq & LAST_BITS][seq] = run.id
+                ids[seq & LAST_BITS][seq] = run_id
             return
         last_bits = packed.tobytes()[LOW_BYTE::8].translate(LAST_BITS_OF_BYTE)
         deque(map(setitem, map(self.ids.__getitem__, last_bits), seqs, repeat(run.id)), maxlen=0)  # all of it in C
