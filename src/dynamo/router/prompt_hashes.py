@@ -36,7 +36,9 @@ class PromptHashes:
     ) -> list[int]:
         """The sequence hashes of the full blocks. Raises InvalidArgument for a token that is not a u32."""
         data = token_bytes(token_ids)
-        seed = hash_seed(lora_name, cache_namespace)
+        seed = hash_seed(lora_name, cache_namespace) if lora_name or cache_namespace else SEED
+        if len(data) < self._chunk_bytes:
+            return self._chain_short(data, seed, None)
         hashes: list[int] = []
         at, parent = 0, None
         for at in range(self._chunk_bytes, len(data) + 1, self._chunk_bytes):
@@ -49,7 +51,7 @@ class PromptHashes:
             hashes += found
             parent = found[-1]
         if at < len(data):
-            hashes += self._chain_short(data[at:] if at else data, seed, parent)
+            hashes += self._chain_short(data[at:], seed, parent)
         return hashes
 
     def timed(
