@@ -13,6 +13,7 @@ from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher
 from dynamo.runtime.events import create_subscriber
 
 DEADLINE_S = 10.0
+SUBSCRIBED_S = 0.05  # from a connection to its subscription, of which ZeroMQ tells nobody
 ENDPOINT = "dynamo.backend.generate"
 
 
@@ -24,6 +25,7 @@ async def heard(runtime, topic, **options):
     await publisher.ready()
     subscriber = await create_subscriber(runtime, ENDPOINT, topic)
     await subscriber.wait_connected()
+    await asyncio.sleep(SUBSCRIBED_S)
     try:
         async with asyncio.timeout(DEADLINE_S):
             yield publisher, subscriber
