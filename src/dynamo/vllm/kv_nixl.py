@@ -3,8 +3,8 @@
 vLLM's own pull connector (`NixlConnector`), changed in four places; loaded into vLLM's processes by
 `kv_connector_module_path`. Written against the versions of `dynamo.vllm.engine_core`:
 
-- NIXL's progress thread is off: it costs a core for each idle worker. vLLM polls every step, and every millisecond
-  while KV is kept or awaited.
+- NIXL's progress thread is off: it costs a core for each idle worker. A thread of ours polls every millisecond while
+  KV is kept, and else sleeps: the end of a read needs its target to listen, which would be after its next prompt.
 - The side channel takes a port that is free when it binds, so that workers of one machine need no numbers.
 - The prefill side says until when the KV stays. The decode side does not begin a read after its deadline, and throws
   away one that ended after it: the blocks may be another prompt's by then. vLLM recomputes, as for any failed load.
@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from typing import Any
 
 import zmq
@@ -30,6 +31,7 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.dynamo.kv_nixl")
 
 PORT_ENV = "VLLM_NIXL_SIDE_CHANNEL_PORT"
+LISTEN_S = 0.001  # between two looks for readers; two per cent of a core while KV is kept
 _BIND_TRIES = 20  # each time another port was taken between asking for a free one and binding it
 
 _agent_config = base_worker.nixl_agent_config
@@ -74,10 +76,68 @@ class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         logger.error("NIXL's side channel found no free port on %s", host)
 
 
+class _Listening:
+    """A NIXL agent that hears its readers while the engine computes. Only its own thread calls `get_new_notifs`, and
+    a worker that keeps KV for others calls nothing else of the agent while it serves."""
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        self._heard: deque[dict[str, list[bytes]]] = deque()
+        self._wanted = threading.Event()
+        self._stopped = False
+        threading.Thread(target=self._listen, name="dynamo-kv-listener", daemon=True).start()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._agent, name)
+
+    def listen(self, wanted: bool) -> None:
+        """Whether anybody may be reading."""
+        if wanted:
+            self._wanted.set()
+        else:
+            self._wanted.clear()
+
+    def stop(self) -> None:
+        """Let the thread end."""
+        self._stopped = True
+        self._wanted.set()
+
+    def get_new_notifs(self) -> dict[str, list[bytes]]:
+        """What was heard since the last call."""
+        found: dict[str, list[bytes]] = {}
+        while self._heard:
+            for agent, messages in self._heard.popleft().items():
+                found.setdefault(agent, []).extend(messages)
+        return found
+
+    def _listen(self) -> None:
+        while True:
+            self._wanted.wait()
+            if self._stopped:
+                return
+            if heard := self._agent.get_new_notifs():
+                self._heard.append(heard)
+            time.sleep(LISTEN_S)
+
+
 class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._given_back: set[str] = set()
+        self._listening: _Listening | None = None
+        if self.kv_transfer_config.kv_role == "kv_producer":
+            self._listening = _Listening(self.nixl_wrapper)
+            self.nixl_wrapper: Any = self._listening
+
+    def start_load_kv(self, metadata: Any) -> None:
+        super().start_load_kv(metadata)
+        if self._listening is not None:
+            self._listening.listen(bool(self._reqs_to_process))
+
+    def shutdown(self) -> None:
+        if self._listening is not None:
+            self._listening.stop()
+        super().shutdown()
 
     def give_back(self, request_ids: list[str]) -> None:
         """Free the blocks of these requests, unless they were read or have expired already."""
