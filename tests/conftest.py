@@ -1,6 +1,7 @@
 """What do all tests share? Models made on the spot, and a runtime of this process alone."""
 
 import os
+import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,10 @@ from dynamo.cli.demo_model import make_demo_model
 
 if TYPE_CHECKING:
     from dynamo.runtime import DistributedRuntime
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job ignores Ctrl-C, and so would every program that a test starts and interrupts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 for _name in [name for name in os.environ if name.startswith("DYN_")]:
     del os.environ[_name]  # what the developer has set is not what is tested
