@@ -165,9 +165,12 @@ async def test_load_is_published_with_the_workers_id(runtime):
     await publisher.create_endpoint(runtime.endpoint(ENDPOINT))
     subscriber = await create_subscriber(runtime, ENDPOINT, "kv_metrics")
     await subscriber.wait_connected()
-    publisher.publish(dp_rank=1, active_decode_blocks=3, kv_used_blocks=4)
+    hearing = asyncio.ensure_future(anext(subscriber))
     async with asyncio.timeout(DEADLINE_S):
-        load = msgspec.msgpack.decode((await anext(subscriber)).payload, type=LoadMetrics)
+        while not hearing.done():  # ZeroMQ may still be taking note of the subscription
+            publisher.publish(dp_rank=1, active_decode_blocks=3, kv_used_blocks=4)
+            await asyncio.sleep(0.01)
+    load = msgspec.msgpack.decode((await hearing).payload, type=LoadMetrics)
     assert load == LoadMetrics(runtime.instance_id, 1, 3, kv_used_blocks=4)
     await subscriber.close()
     await publisher.close()
