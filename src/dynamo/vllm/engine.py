@@ -418,7 +418,8 @@ def _repair_seeds(args: Any) -> None:
         if args.kv_transfer_config is not None and not args.worker_extension_cls:
             args.worker_extension_cls = "dynamo.vllm.kv_worker.KvRelease"
         return
-    os.environ.setdefault(SPIN_LESS_ENV, "1")
+    if args.kv_transfer_config is not None:  # an engine alone makes more tokens a second if it spins
+        os.environ.setdefault(SPIN_LESS_ENV, "1")
     if args.worker_extension_cls:
         log.warning(
             "--worker-extension-cls is yours, so ours is not loaded: a seeded request whose prompt is computed in "
