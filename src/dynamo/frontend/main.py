@@ -2,12 +2,11 @@
 
 import asyncio
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 
 from dynamo.frontend.args import FrontendConfig, Limits, parse
+from dynamo.runtime.stop_signals import on_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +76,5 @@ async def _serve(config: FrontendConfig, reuse_port: bool) -> int:
 def _stop_on_signals() -> asyncio.Event:
     """An event that SIGTERM or SIGINT sets; the second signal ends the process at once."""
     stop = asyncio.Event()
-
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            log.warning("second %s: ending at once", number.name)
-            os._exit(128 + number)
-        log.info("%s: no new requests; finishing those that run", number.name)
-        stop.set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    on_stop_signals(stop.set, stop.is_set, log, "no new requests; finishing those that run")
     return stop

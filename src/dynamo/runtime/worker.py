@@ -11,8 +11,6 @@ import asyncio
 import functools
 import inspect
 import logging
-import os
-import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,6 +19,7 @@ import msgspec
 
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import EngineShutdown
+from dynamo.runtime.stop_signals import on_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -95,17 +94,7 @@ def handle_signals(runtime: DistributedRuntime) -> None:
     """SIGTERM, SIGINT: shut down in order; the second time end the process at once."""
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread gets signals; whoever runs us in another one calls runtime.shutdown()
-    loop = asyncio.get_running_loop()
-
-    def on_signal(number: signal.Signals) -> None:
-        if runtime.is_shutting_down():
-            log.warning("second %s: ending at once", number.name)
-            os._exit(128 + number)
-        log.info("%s: shutting down; a second one ends at once", number.name)
-        runtime.shutdown()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    on_stop_signals(runtime.shutdown, runtime.is_shutting_down, log, "shutting down; a second one ends at once")
 
 
 Handler = Callable[..., AsyncIterator[Any]]

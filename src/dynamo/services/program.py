@@ -2,13 +2,12 @@
 
 import asyncio
 import logging
-import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable
 
 from dynamo.runtime.errors import DynamoException
 from dynamo.runtime.logs import configure_logging
+from dynamo.runtime.stop_signals import on_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +32,8 @@ def run_service(name: str, work: Work) -> int:
 
 
 async def _run(work: Work) -> None:
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-
-    def on_signal(number: signal.Signals) -> None:
-        if stop.is_set():
-            log.warning("second %s: ending at once", number.name)
-            os._exit(128 + number)
-        log.info("%s: shutting down; a second one ends at once", number.name)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    stop = asyncio.Event()
+    on_stop_signals(stop.set, stop.is_set, log, "shutting down; a second one ends at once")
     await work(stop)
 
 
