@@ -15,7 +15,7 @@ import msgspec
 from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
 from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, give_seed
-from dynamo.frontend.route import OutputBlocks, Route, wanted_of
+from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
 from dynamo.llm.output import ChoiceDecoder
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
 from dynamo.router.model_router import ModelRouter
@@ -195,13 +195,10 @@ class EngineStream:
         """The router's answer."""
         route = self.route
         assert route is not None
-        worker_id, self.dp_rank = decision.worker
+        self.dp_rank = name_rank(route.router, self._request, decision)
         if route.router.config.router_track_output_blocks:
             self._blocks = OutputBlocks(route)
-        if self.dp_rank or len(route.router.ranks_of(worker_id)) > 1:
-            routing = self._request.routing = self._request.routing or Routing()
-            routing.dp_rank = self.dp_rank
-        self._send(worker_id)
+        self._send(decision.worker.worker_id)
 
     def _send(self, instance_id: int) -> None:
         self.instance_id = instance_id

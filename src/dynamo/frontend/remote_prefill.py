@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from dynamo.frontend.route import Route, wanted_of
-from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
+from dynamo.frontend.route import Route, name_rank, wanted_of
+from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.types import Decision
 from dynamo.runtime.context import Context
@@ -105,11 +105,9 @@ class RemotePrefill:
         self.route.ask()
 
     def _go(self, decision: Decision) -> None:
-        worker_id, self.dp_rank = decision.worker
-        if self.dp_rank:
-            routing = self._request.routing = self._request.routing or Routing()
-            routing.dp_rank = self.dp_rank
-        self._send(worker_id)
+        assert self._pool.router is not None
+        self.dp_rank = name_rank(self._pool.router, self._request, decision)
+        self._send(decision.worker.worker_id)
 
     def _send(self, instance_id: int) -> None:
         self.instance_id = instance_id

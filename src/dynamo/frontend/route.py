@@ -5,7 +5,7 @@ A `Route` is one prompt's account: asked for a worker, booked at it, closed at t
 
 from collections.abc import Callable
 
-from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.route_request import check_override
 from dynamo.router.ticket import Ticket
@@ -20,6 +20,15 @@ def wanted_of(router: ModelRouter, request: PreprocessedRequest, context: Contex
     if wanted.override is not None:
         check_override(wanted.override, router.config.router_policy)
     return wanted
+
+
+def name_rank(router: ModelRouter, request: PreprocessedRequest, decision: Decision) -> int:
+    """Write the chosen rank into the request, unless the worker has but one; gives it back."""
+    worker_id, rank = decision.worker
+    if rank or len(router.ranks_of(worker_id)) > 1:
+        request.routing = request.routing or Routing()
+        request.routing.dp_rank = rank
+    return rank
 
 
 class Route:
