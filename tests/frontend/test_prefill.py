@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dynamo.frontend.engine_stream import computed_elsewhere
 from dynamo.frontend.service import FrontendService
 from dynamo.llm.model_card import WorkerType
 from dynamo.llm.tokenizer import Tokenizer
+from dynamo.router.types import RouterOverride
 from tests.frontend.front_door import (
     CHAT,
     COMPLETIONS,
@@ -136,7 +138,7 @@ async def test_what_only_the_frontend_can_see_to_be_the_end_gives_the_kv_back(sp
     assert split.decode.requests.empty()
 
 
-@pytest.mark.parametrize("fault", ["error", "end", "killed"])
+@pytest.mark.parametrize("fault", ["error", "end", "killed", "no handle"])
 async def test_a_prompt_whose_prefill_is_lost_is_computed_by_the_decode_worker(split: Split, fault: str) -> None:
     wire = await Wire.open(split.service.port)
     wire.post(CHAT, chat(max_tokens=9))
@@ -145,12 +147,20 @@ async def test_a_prompt_whose_prefill_is_lost_is_computed_by_the_decode_worker(s
         taken.send(finish_reason="error")
     elif fault == "end":
         taken.stream.end()
+    elif fault == "no handle":
+        first_token(taken, "x", None)
     else:
         await split.prefill.die()
     decoding = await split.decode.take()
     assert decoding.request.prefill_result is None
     decoding.answer("whole")
     assert (await wire.read()).json()["choices"][0]["message"]["content"] == "whole"
+
+
+def test_a_clients_own_words_to_the_router_hold_for_the_decode_worker_too() -> None:
+    asked = computed_elsewhere(RouterOverride(router_temperature=0.5))
+    assert asked == RouterOverride(router_temperature=0.5, assume_kv_reuse=False, track_prefill_tokens=False)
+    assert computed_elsewhere(None) == RouterOverride(assume_kv_reuse=False, track_prefill_tokens=False)
 
 
 async def test_without_prefill_workers_the_decode_workers_do_it_all(split: Split) -> None:

@@ -27,8 +27,6 @@ from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
 
-LOADED = RouterOverride(assume_kv_reuse=False, track_prefill_tokens=False)
-"""How a decode worker is booked for a prompt that another has computed [G8]."""
 MAX_ATTEMPTS = 3  # workers tried while no connection to them can be made; nothing was sent, so trying is safe
 
 _decode = msgspec.msgpack.Decoder(EngineOutput).decode
@@ -181,7 +179,7 @@ class EngineStream:
             if self.route is None:
                 wanted = wanted_of(router, self._request, self.context)
                 if self._request.prefill_result is not None:
-                    wanted.override = LOADED
+                    wanted.override = computed_elsewhere(wanted.override)
                 explain = self._answer.plan.explains_routing
                 self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
             self.route.ask()
@@ -363,6 +361,11 @@ class EngineStream:
             ttft_s,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
         )
+
+
+def computed_elsewhere(own: RouterOverride | None) -> RouterOverride:
+    """How a decode worker is booked for a prompt that another has computed [G8]; the rest is as the client asked."""
+    return msgspec.structs.replace(own or RouterOverride(), assume_kv_reuse=False, track_prefill_tokens=False)
 
 
 def _explained(route: Route | None, instance_id: int | None) -> dict[str, Any]:

@@ -148,6 +148,8 @@ class RemotePrefill:
             self._fail(StreamIncomplete(f"the prefill worker ended the prompt with {output.finish_reason}"))
         elif output.finish_reason is None:
             self._early = output
+        elif output.finish_reason == "length" and output.disaggregated_params is None:
+            self._fail(StreamIncomplete("the prefill worker made a first token and kept nothing to go on from"))
         else:
             self._finish(output)
 
