@@ -50,6 +50,7 @@ def start_vllm(directory: Path, log: Path, *flags: str) -> VllmServer:
     words += ["--num-gpu-blocks-override", "512", "--kv-events-config", kv, *flags]
     environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    environ["TORCH_COMPILE_DISABLE"] = "1"  # vLLM compiles parts of its sampler at their first use, for seconds each
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words],
