@@ -3,7 +3,7 @@
 A `Route` is one prompt's account: asked for a worker, booked at it, closed at the end, whatever the end is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
 from dynamo.router.model_router import ModelRouter
@@ -14,9 +14,12 @@ from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException
 
 
-def wanted_of(router: ModelRouter, request: PreprocessedRequest, context: Context) -> RouteRequest:
-    """What the router has to know of a prompt. Raises InvalidArgument for what it cannot do."""
-    wanted = router.request(context.id(), request, context.metadata)
+def wanted_of(
+    router: ModelRouter, request: PreprocessedRequest, context: Context, hashes: Sequence[int] | None = None
+) -> RouteRequest:
+    """What the router has to know of a prompt, with its hashes if they are known. Raises InvalidArgument for what it
+    cannot do."""
+    wanted = router.request(context.id(), request, context.metadata, hashes=hashes)
     if wanted.override is not None:
         check_override(wanted.override, router.config.router_policy)
     return wanted

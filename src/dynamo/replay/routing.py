@@ -15,16 +15,15 @@ import msgspec
 from dynamo.llm.kv_events import KvEventData
 from dynamo.mocker.batching import SchedulerConfig
 from dynamo.replay.prompts import ReplayedSequence
+from dynamo.router.computed_elsewhere import computed_elsewhere
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.policies import POLICIES
 from dynamo.router.queue import RouterQueue
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.tier_index import TierIndex
-from dynamo.router.types import Decision, RouteRequest, RouterOverride, WorkerKey, WorkerLimits
+from dynamo.router.types import Decision, RouteRequest, WorkerKey, WorkerLimits
 
-LOADED = RouterOverride(overlap_score_credit=0, assume_kv_reuse=False, track_prefill_tokens=False)
-"""How a decode worker is chosen for a prompt that another has computed [G8]."""
 BASELINES = ("round-robin", "random", "least-loaded")
 
 
@@ -215,15 +214,17 @@ class KvRouting:
         """
         self.catch_up(now)
         loaded = sequence.prefill_worker is not None
-        return RouteRequest(
+        request = RouteRequest(
             request_id=sequence.id,
             token_count=sequence.request.input_tokens,
-            sequence_hashes=() if loaded else sequence.names.copy(),
+            sequence_hashes=() if loaded else sequence.names.copy(),  # nobody looks at those of a loaded one
             session_id=sequence.request.session_id,
             expected_output_tokens=sequence.max_tokens if self.wants_progress else None,
-            override=LOADED if loaded else None,
             arrived_at=now,
         )
+        if loaded:
+            computed_elsewhere(request)
+        return request
 
     def next_deadline(self) -> float:
         """See `Routing.next_deadline`."""

@@ -268,9 +268,15 @@ class ModelRouter:
     # --- routing
 
     def request(
-        self, request_id: str, request: PreprocessedRequest, metadata: dict[str, str] | None = None
+        self,
+        request_id: str,
+        request: PreprocessedRequest,
+        metadata: dict[str, str] | None = None,
+        *,
+        hashes: Sequence[int] | None = None,
     ) -> RouteRequest:
-        """What `route` takes, from what the engine will get. Hashes the prompt: once a request.
+        """What `route` takes, from what the engine will get. Hashes the prompt: once a request. `hashes` are those that
+        a router of the same model's other workers has made of it.
 
         Raises InvalidArgument as `route_request`.
         """
@@ -284,6 +290,7 @@ class ModelRouter:
             is_eagle=eagle,
             stats=self.stats,
             hashes_of=self._hashes,
+            hashes=hashes,
         )
 
     def ranks_of(self, worker_id: int) -> Sequence[WorkerKey]:
@@ -319,7 +326,8 @@ class ModelRouter:
         if self.affinity is not None and request.session_id is not None:
             self._keep_to_session(self.affinity, request, now)
         try:
-            self.overload.check(request)
+            if not request.computed:  # it was admitted when its prompt was
+                self.overload.check(request)
         except DynamoException as e:
             ticket._failed(e)
             return ticket

@@ -232,7 +232,8 @@ class RouterQueue:
         waiting = Waiting(request, on_decision, on_error, explain, now)
         waiting.cached_tokens = cached_tokens
         try:
-            queue.admit(request, cached_tokens, len(self.scheduler.load.workers))
+            if not request.computed:  # its client has seen a token: it waits, but is not refused for that
+                queue.admit(request, cached_tokens, len(self.scheduler.load.workers))
         except RouterQueueLimitExceeded as e:
             on_error(e)
             return waiting

@@ -59,17 +59,20 @@ def route_request(
     is_eagle: bool = False,
     stats: RouterStats | None = None,
     hashes_of: PromptHashes | None = None,
+    hashes: Sequence[int] | None = None,
 ) -> RouteRequest:
     """Read a preprocessed request. `workers` are the ranks of each worker, for pins to a worker.
 
-    With `hashes_of` what was hashed before is looked up there.
+    With `hashes_of` what was hashed before is looked up there; `hashes` are the prompt's own, where they are known.
 
     Raises:
         InvalidArgument: an override that cannot be meant, or a rank without a worker where ranks are not alike.
     """
     routing = request.routing
     tokens = request.token_ids
-    if hashes_of is None or is_eagle:
+    if hashes is not None:
+        pass
+    elif hashes_of is None or is_eagle:
         given = routing or _EMPTY
         hashes = hash_prompt(
             tokens, block_size, stats, lora_name=given.lora_name, is_eagle=is_eagle, cache_namespace=given.cache_salt

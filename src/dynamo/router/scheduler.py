@@ -90,7 +90,7 @@ class KvScheduler:
     def view(self, request: RouteRequest, now: float) -> View:
         """Everything a policy looks at, for one request."""
         hashes = request.sequence_hashes
-        held, most = self._positions.held(hashes, now)
+        held, most = ([], 0) if request.computed and request.ignores_caches else self._positions.held(hashes, now)
         shared: Sequence[tuple[int, Collection[int]]] = ()
         if self.shares(request):
             shared = self.load.shared_blocks(hashes)

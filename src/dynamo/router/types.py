@@ -112,7 +112,14 @@ class RouteRequest(msgspec.Struct, kw_only=True):
     required_taints: frozenset[str] = frozenset()
     preferred_taints: Mapping[str, float] = {}
     override: RouterOverride | None = None
+    computed: bool = False
+    """Another worker has computed the prompt, and the client perhaps seen a token (`computed_elsewhere`)."""
     arrived_at: float = 0.0
+
+    @property
+    def ignores_caches(self) -> bool:
+        """Whether what workers hold of the prompt speaks for none of them, whatever the policy."""
+        return self.computed and self.override is not None and self.override.overlap_score_credit == 0
 
 
 class Fleet(Protocol):
