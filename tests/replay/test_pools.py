@@ -255,7 +255,7 @@ def test_the_command_line_takes_both_pools_and_the_peers_words_for_the_split(tmp
         (["--prefill-workers", "0", "--decode-workers", "1"], "prefill_workers must be at least 1"),
         (
             ["--prefill-workers", "1", "--decode-workers", "1", "--router-conditional-disagg-config", '{"best":1}'],
-            "conditional_disagg_best",
+            "--router-conditional-disagg-config: Object contains unknown field `best`",
         ),
     ],
 )

@@ -8,11 +8,11 @@ from dynamo.runtime.options import OptionParser
 from dynamo.runtime.selection import RouterMode
 
 
-def parsed(*words: str, mode: RouterMode = RouterMode.KV) -> RouterConfig:
+def parsed(*words: str, mode: RouterMode = RouterMode.KV, splits: bool = False) -> RouterConfig:
     parser = OptionParser("x", "y")
-    add_router_options(parser)
+    add_router_options(parser, splits=splits)
     given = vars(parser.parse(words))
-    config = router_config(given, mode)
+    config = router_config(given, mode, splits=splits)
     assert given == {}
     return config
 
@@ -88,7 +88,8 @@ def test_load_aware_is_kv_mode_without_caches():
     [
         (["--router-tracking-hash", "keyed-xxh3-v1"], "--router-tracking-hash: only 'public-xxh3-v1'"),
         (["--shared-cache-type", "hicache"], "--shared-cache-type: only 'none'"),
-        (["--router-conditional-disagg"], "--router-conditional-disagg: only False"),
+        (["--router-conditional-disagg"], "--router-conditional-disagg: this program routes to one pool"),
+        (["--router-conditional-disagg-config", "{}"], "no effect without --router-conditional-disagg"),
         (["--router-prefill-load-model", "ais"], "--router-prefill-load-model: only 'none'"),
         (["--router-policy-config", "/nowhere.yaml"], r"--router-policy-config: /nowhere\.yaml cannot be read"),
         (["--router-session-affinity-ttl-secs", "0"], "--router-session-affinity-ttl-secs must be between 1"),
@@ -103,3 +104,63 @@ def test_flags_that_another_mode_does_not_look_at_are_listed():
     config = parsed("--router-temperature", "1", "--router-event-threads", "8", mode=RouterMode.Random)
     assert options_without_effect(config) == ["--router-temperature"]
     assert options_without_effect(parsed("--router-temperature", "1")) == []
+
+
+# --- conditional disaggregation, of a program that has both pools
+
+SPLIT = "--router-conditional-disagg"
+
+
+def test_which_prompts_travel_is_set_by_a_flag_and_json():
+    words = '{"policy": "isl_or_load", "eff_isl_threshold": 512, "prefill_busy_threshold": 2}'
+    config = parsed(SPLIT, f"{SPLIT}-config", words, splits=True).config
+    assert config == KvRouterConfig(
+        conditional_disagg_enabled=True,
+        conditional_disagg_policy="isl_or_load",
+        conditional_disagg_eff_isl_threshold=512,
+        conditional_disagg_prefill_busy_threshold=2,
+    )
+    assert parsed(SPLIT, splits=True).config == KvRouterConfig(conditional_disagg_enabled=True)
+
+
+def test_variables_set_it_too(monkeypatch):
+    monkeypatch.setenv("DYN_ROUTER_CONDITIONAL_DISAGG", "true")
+    monkeypatch.setenv("DYN_ROUTER_CONDITIONAL_DISAGG_CONFIG", '{"policy": "predicted"}')
+    config = parsed(splits=True).config
+    assert (config.conditional_disagg_enabled, config.conditional_disagg_policy) == (True, "predicted")
+
+
+def test_splitting_needs_a_router_that_knows_caches_and_loads():
+    with pytest.raises(ValueError, match=r"^--router-conditional-disagg: needs --router-mode kv.*not round-robin$"):
+        parsed(SPLIT, mode=RouterMode.RoundRobin, splits=True)
+    assert parsed(SPLIT, "--load-aware", mode=RouterMode.RoundRobin, splits=True).mode is RouterMode.KV
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ('{"policy": "best"}', "policy must be one of always"),
+        ('{"isl": 1}', "unknown field `isl`"),
+        ('{"eff_isl_threshold": "many"}', r"\$\.eff_isl_threshold"),
+        ('{"eff_isl_threshold": -1}', "eff_isl_threshold must be at least 0"),
+        ('{"eff_isl_ratio_threshold": 1.5}', "eff_isl_ratio_threshold must be between 0 and 1"),
+        ('{"decode_busy_threshold": 2}', "decode_busy_threshold must be between 0 and 1"),
+        ('{"policy": "prefill_load"}', "prefill_busy_threshold: the policy prefill_load has nothing else"),
+        ("policy", "malformed"),
+    ],
+)
+def test_a_split_that_cannot_be_meant_names_flag_and_field(words, message):
+    with pytest.raises(ValueError, match=f"^{SPLIT}-config: .*{message}"):
+        parsed(SPLIT, f"{SPLIT}-config", words, splits=True)
+
+
+@pytest.mark.parametrize(
+    ("busy", "untracked"),
+    [
+        ("prefill_busy_threshold", "--no-router-track-prefill-tokens"),
+        ("decode_busy_threshold", "--no-track-active-blocks"),
+    ],
+)
+def test_a_threshold_of_what_is_not_counted_is_refused(busy, untracked):
+    with pytest.raises(ValueError, match=f"^{SPLIT}-config: {busy}: without router_track"):
+        parsed(SPLIT, f"{SPLIT}-config", f'{{"{busy}": 0.5}}', untracked, splits=True)

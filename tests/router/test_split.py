@@ -5,6 +5,7 @@ import pytest
 
 from dynamo.router.config import SPLIT_POLICIES, KvRouterConfig
 from dynamo.router.split import POLICIES, SplitView, split_policy
+from dynamo.router.split_settings import split_warnings
 
 VIEW = SplitView(prompt_tokens=8000, decode_new_tokens=8000, prefill_new_tokens=8000, prefill_load=0.1, decode_load=0.1)
 
@@ -72,3 +73,38 @@ def test_an_unknown_policy_is_refused_by_name():
     with pytest.raises(ValueError, match=r"isl_bounding.*got 'best'"):
         KvRouterConfig(conditional_disagg_policy="best")
     assert tuple(POLICIES) == SPLIT_POLICIES
+
+
+@pytest.mark.parametrize(
+    ("policy", "seen", "cause"),
+    [
+        ("always", {}, "always"),
+        ("isl_bounding", {"decode_new_tokens": 100}, "short"),
+        ("isl_bounding", {"decode_new_tokens": 5000}, "cached"),
+        ("isl_bounding", {}, "long"),
+        ("prefill_load", {}, "prefill_free"),
+        ("prefill_load", {"prefill_load": 2.0}, "prefill_busy"),
+        ("prefill_load", {"prefill_load": 2.0, "decode_load": 1.0}, "both_busy"),
+        ("isl_or_load", {"decode_load": 1.0}, "decode_busy"),
+        ("predicted", {"decoding": 16}, "cheaper_remote"),
+        ("predicted", {"decode_new_tokens": 10}, "cheaper_local"),
+    ],
+)
+def test_the_cause_is_a_word_that_can_be_counted(policy: str, seen: dict[str, float], cause: str):
+    config = KvRouterConfig(conditional_disagg_prefill_busy_threshold=1.5, conditional_disagg_decode_busy_threshold=0.9)
+    assert decide(config, policy, **seen).cause == cause
+
+
+def test_settings_that_work_otherwise_than_meant_are_told():
+    def told(**settings) -> list[str]:
+        fields = {f"conditional_disagg_{name}": value for name, value in settings.items() if name != "router_policy"}
+        more = {name: value for name, value in settings.items() if name == "router_policy"}
+        return split_warnings(KvRouterConfig(conditional_disagg_enabled=True, **fields, **more))
+
+    assert told() == []
+    assert "goes by length alone" in told(policy="isl_or_load")[0]
+    assert told(policy="isl_or_load", prefill_busy_threshold=1.0) == []
+    assert "marginal and predicted do" in told(policy="predicted", router_policy="linear")[0]
+    assert told(policy="predicted") == []
+    assert "nothing were conditional" in told(policy="always")[0]
+    assert split_warnings(KvRouterConfig(conditional_disagg_policy="always")) == []

@@ -3,7 +3,6 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -14,6 +13,7 @@ from dynamo.replay.simulate import Goal
 from dynamo.replay.traces import FORMATS, SyntheticWorkload
 from dynamo.router.config import DEFAULT_POLICY, KvRouterConfig
 from dynamo.router.split import POLICIES as SPLIT_POLICIES
+from dynamo.router.split_settings import SplitSettings, changed
 from dynamo.runtime.options import OptionParser
 
 
@@ -198,12 +198,8 @@ def _router(args: argparse.Namespace) -> KvRouterConfig:
     if args.router_conditional_disagg_config is None:
         return config
     try:
-        given = msgspec.json.decode(args.router_conditional_disagg_config, type=dict[str, Any])
-        return msgspec.convert(
-            msgspec.structs.asdict(config) | {f"conditional_disagg_{name}": given[name] for name in given},
-            KvRouterConfig,
-        )
-    except msgspec.DecodeError as e:
+        return changed(config, SplitSettings.from_json(args.router_conditional_disagg_config).fields())
+    except ValueError as e:
         raise ValueError(f"--router-conditional-disagg-config: {e}") from None
 
 

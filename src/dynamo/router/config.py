@@ -3,6 +3,7 @@
 Raises ValueError, naming the field, for a value that cannot be meant.
 """
 
+import math
 from typing import Any
 
 import msgspec
@@ -19,7 +20,6 @@ _ONLY = {
     "enable_session_prefix_index": False,
     "shared_cache_multiplier": None,
     "shared_cache_type": "none",
-    "conditional_disagg_enabled": False,
     "router_tracking_hash": "public-xxh3-v1",
     "router_tracking_key_file": None,
     "router_tracking_key_id": None,
@@ -73,6 +73,7 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
     shared_cache_type: str = "none"
     router_predicted_ttl_secs: float | None = None
     conditional_disagg_enabled: bool = False
+    """Whether the frontend lets decode workers compute some prompts (`dynamo.router.split`)."""
     conditional_disagg_policy: str = "isl_bounding"
     conditional_disagg_eff_isl_threshold: int = 2048
     conditional_disagg_eff_isl_ratio_threshold: float = 0.7
@@ -121,17 +122,44 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
             raise ValueError(
                 f"router_queue_policy must be one of {', '.join(QUEUE_POLICIES)}, got {self.router_queue_policy!r}"
             )
-        if self.conditional_disagg_policy not in SPLIT_POLICIES:
-            raise ValueError(
-                f"conditional_disagg_policy must be one of {', '.join(SPLIT_POLICIES)}, "
-                f"got {self.conditional_disagg_policy!r}"
-            )
+        self._check_split()
         for name, only in _ONLY.items():
             if getattr(self, name) != only:
                 raise ValueError(f"{name}: only {only!r} is in this version, not {getattr(self, name)!r}")
         if self.router_policy_config is None and (self.router_prefill_policy or self.router_decode_policy):
             raise ValueError(
                 "router_prefill_policy, router_decode_policy: name entries of a file: set router_policy_config"
+            )
+
+    def _check_split(self) -> None:
+        if self.conditional_disagg_policy not in SPLIT_POLICIES:
+            raise ValueError(
+                f"conditional_disagg_policy must be one of {', '.join(SPLIT_POLICIES)}, "
+                f"got {self.conditional_disagg_policy!r}"
+            )
+        for name, most in (
+            ("conditional_disagg_eff_isl_threshold", math.inf),
+            ("conditional_disagg_eff_isl_ratio_threshold", 1),
+            ("conditional_disagg_prefill_busy_threshold", math.inf),
+            ("conditional_disagg_decode_busy_threshold", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (0 <= value <= most and value < math.inf):
+                bounds = "at least 0" if most == math.inf else f"between 0 and {most}"
+                raise ValueError(f"{name} must be {bounds}, got {value!r}")
+        if self.conditional_disagg_enabled:
+            self._check_that_split_can_work()
+
+    def _check_that_split_can_work(self) -> None:
+        """A policy that would never decide otherwise is a mistake."""
+        busy = "conditional_disagg_prefill_busy_threshold"
+        if self.conditional_disagg_policy == "prefill_load" and self.conditional_disagg_prefill_busy_threshold is None:
+            raise ValueError(f"{busy}: the policy prefill_load has nothing else to go by; set it")
+        if self.conditional_disagg_prefill_busy_threshold is not None and not self.router_track_prefill_tokens:
+            raise ValueError(f"{busy}: without router_track_prefill_tokens no prefill worker is ever busy")
+        if self.conditional_disagg_decode_busy_threshold is not None and not self.router_track_active_blocks:
+            raise ValueError(
+                "conditional_disagg_decode_busy_threshold: without router_track_active_blocks no decode worker is busy"
             )
 
     @property
@@ -160,6 +188,12 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
     def with_overrides(self, **changes: Any) -> "KvRouterConfig":
         """The same settings but for `changes`. Raises TypeError for an unknown name."""
         return msgspec.structs.replace(self, **changes)
+
+
+def refuse_split(config: KvRouterConfig, who: str) -> None:
+    """Raises ValueError if prompts are to be split by somebody who cannot: who routes to one pool of workers."""
+    if config.conditional_disagg_enabled:
+        raise ValueError(f"conditional_disagg_enabled: {who} routes to one pool of workers; only the frontend splits")
 
 
 class LoadThresholdConfig(msgspec.Struct, frozen=True):

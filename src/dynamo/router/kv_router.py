@@ -24,7 +24,7 @@ from dynamo.llm.protocols.engine import (
     SamplingOptions,
     StopConditions,
 )
-from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
+from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig, refuse_split
 from dynamo.router.constraints import RoutingConstraints
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.overlap_report import overlap_report
@@ -68,6 +68,7 @@ class KvRouter:
     ) -> None:
         if ais_perf_config is not None:
             raise ValueError("ais_perf_config: predicted prefill times from a profile are not in this version")
+        refuse_split(kv_router_config or KvRouterConfig(), "a KvRouter")
         thresholds = load_threshold_config or LoadThresholdConfig()
         config = RouterConfig(
             RouterMode.KV,

@@ -8,6 +8,7 @@ comes in a callback, mostly before it returns, and no task is made for a request
 import asyncio
 import logging
 from collections.abc import Sequence
+from copy import copy
 from time import perf_counter
 from typing import Any
 
@@ -346,12 +347,24 @@ class ModelRouter:
 
     def query(self, request: RouteRequest, *, explain: bool = False) -> Decision:
         """Where the request would go if it were routed now. Changes nothing. Raises WorkerUnavailable."""
-        now = self._loop.time()
+        return self.scheduler.select(self.as_routed(request), self._loop.time(), explain=explain)
+
+    def as_routed(self, request: RouteRequest) -> RouteRequest:
+        """The request as `route` would ask for it now: among the workers of now, and at its session's."""
         if self._fleet is not None and self._fleet.stale:
             self._fleet.flush()
         if self.affinity is not None and request.session_id is not None:
-            self._keep_to_session(self.affinity, request, now)
-        return self.scheduler.select(request, now, explain=explain)
+            request = copy(request)
+            self._keep_to_session(self.affinity, request, self._loop.time())
+        return request
+
+    def refusal(self, request: RouteRequest) -> DynamoException | None:
+        """Why `route` would refuse the request at once; None if it would not. Changes and counts nothing."""
+        try:
+            self.scheduler.eligible(request)
+            return self.overload.refusal(request) or self.queue.full(request, self._loop.time())
+        except WorkerUnavailable as e:
+            return e
 
     def ticket(self, request_id: str) -> Ticket | None:
         """The request of that id, queued or at a worker."""

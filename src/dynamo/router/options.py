@@ -6,12 +6,23 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
-from dynamo.router.config import DEFAULT_POLICY, QUEUE_POLICIES, KvRouterConfig, RouterConfig
+from dynamo.router.config import (
+    DEFAULT_POLICY,
+    QUEUE_POLICIES,
+    SPLIT_POLICIES,
+    KvRouterConfig,
+    RouterConfig,
+    refuse_split,
+)
 from dynamo.router.policies import POLICIES
 from dynamo.router.queue import TIMEOUT_S
 from dynamo.router.queue_profile import configure, load_profile
+from dynamo.router.split_settings import PREFIX, SplitSettings
 from dynamo.runtime.options import OptionParser, env_number
 from dynamo.runtime.selection import RouterMode
+
+SPLITS = "conditional_disagg_enabled"
+SPLIT_CONFIG = "--router-conditional-disagg-config"
 
 
 def _maybe(number: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -219,6 +230,13 @@ _KV: Final = (
         "the same for workers that only compute prompts",
         metavar="NAME",
     ),
+    _kv(
+        "--router-conditional-disagg",
+        "DYN_ROUTER_CONDITIONAL_DISAGG",
+        SPLITS,
+        bool,
+        "with prefill workers: let decode workers compute the prompts that are not worth sending away",
+    ),
     # Taken because command lines have it; one thread keeps the index, at over a million blocks a second.
     _kv("--router-event-threads", "DYN_ROUTER_EVENT_THREADS", "router_event_threads", int),
     # Features that are not here: taken at the value that asks for nothing, and refused by name at any other.
@@ -231,7 +249,6 @@ _KV: Final = (
     _kv("--enable-session-prefix-index", "DYN_ENABLE_SESSION_PREFIX_INDEX", "enable_session_prefix_index", bool),
     _kv("--shared-cache-multiplier", "DYN_SHARED_CACHE_MULTIPLIER", "shared_cache_multiplier", _maybe(float)),
     _kv("--shared-cache-type", "DYN_SHARED_CACHE_TYPE", "shared_cache_type", str),
-    _kv("--router-conditional-disagg", "DYN_ROUTER_CONDITIONAL_DISAGG", "conditional_disagg_enabled", bool),
 )
 
 _AROUND: Final = (
@@ -292,8 +309,8 @@ _LOAD_AWARE: Final = {
 """What `--load-aware` stands for [K36]."""
 
 
-def add_router_options(p: OptionParser) -> None:
-    """Add every flag of a KV router, in two groups."""
+def add_router_options(p: OptionParser, *, splits: bool = False) -> None:
+    """Add every flag of a KV router, in two groups. Those that split prompts are only shown of a program that does."""
     kv = p.add_argument_group("KV routing (--router-mode kv)")
     around = p.add_argument_group("overload and sessions (--router-mode kv)")
     for group, options, defaults in ((kv, _KV, KvRouterConfig()), (around, _AROUND, RouterConfig())):
@@ -305,7 +322,7 @@ def add_router_options(p: OptionParser) -> None:
                 dest=each.field,
                 default=getattr(defaults, each.field),
                 type=each.type,
-                help=each.help,
+                help=each.help if splits or each.field != SPLITS else argparse.SUPPRESS,
                 **each.more,
             )
     p.option(
@@ -317,12 +334,24 @@ def add_router_options(p: OptionParser) -> None:
         type=bool,
         help="short for --router-mode kv by load alone, with no regard to caches",
     )
+    p.option(
+        kv,
+        SPLIT_CONFIG,
+        env="DYN_ROUTER_CONDITIONAL_DISAGG_CONFIG",
+        dest="conditional_disagg_config",
+        metavar="JSON",
+        help=f"which prompts --router-conditional-disagg keeps: policy ({', '.join(SPLIT_POLICIES)}), "
+        "eff_isl_threshold, eff_isl_ratio_threshold, prefill_busy_threshold, decode_busy_threshold"
+        if splits
+        else argparse.SUPPRESS,
+    )
 
 
-def router_config(given: dict[str, Any], mode: RouterMode) -> RouterConfig:
+def router_config(given: dict[str, Any], mode: RouterMode, *, splits: bool = False) -> RouterConfig:
     """Take the options of `add_router_options` out of `given`, and make them a configuration.
 
-    A weight of the linear cost means that cost, where no policy is named.
+    A weight of the linear cost means that cost, where no policy is named. `splits` says whether the program has both
+    pools before it, of those who compute prompts and of those who answer.
 
     Raises:
         ValueError: naming the flag, the variable, or what is wrong in the policy file.
@@ -332,6 +361,7 @@ def router_config(given: dict[str, Any], mode: RouterMode) -> RouterConfig:
     if given.pop("load_aware"):
         kv |= _LOAD_AWARE
         mode = RouterMode.KV
+    kv |= _split(given.pop("conditional_disagg_config"), enabled=kv[SPLITS])
     try:
         config = KvRouterConfig(**kv)
         unread = config.unread_settings()
@@ -340,11 +370,27 @@ def router_config(given: dict[str, Any], mode: RouterMode) -> RouterConfig:
         elif unread:
             raise ValueError(f"{unread[0]}: the policy {config.router_policy} has no such weight; linear has")
         router = RouterConfig(mode=mode, config=config, **around)
-        configure(config, load_profile(config), config.router_decode_policy)
+        effective = configure(config, load_profile(config), config.router_decode_policy)
+        if not splits:
+            refuse_split(effective, "this program")
+        elif effective.conditional_disagg_enabled and mode is not RouterMode.KV:
+            raise ValueError(f"{SPLITS}: needs --router-mode kv, which knows caches and loads; not {mode.value}")
     except ValueError as e:
         raise ValueError(_with_flag(str(e))) from None
     _check_environment()
     return router
+
+
+def _split(text: str | None, *, enabled: bool) -> dict[str, Any]:
+    """The fields that the JSON sets. Raises ValueError as `router_config`."""
+    if text is None:
+        return {}
+    if not enabled:
+        raise ValueError(f"{SPLIT_CONFIG}: has no effect without --router-conditional-disagg")
+    try:
+        return SplitSettings.from_json(text).fields()
+    except ValueError as e:
+        raise ValueError(f"{SPLIT_CONFIG}: {e}") from None
 
 
 def _check_environment() -> None:
@@ -380,4 +426,6 @@ def _with_flag(message: str) -> str:
     for each in (*_KV, *_AROUND):
         if message.startswith(each.field) and not message[len(each.field) :][:1].isidentifier():
             return each.flags[0] + message[len(each.field) :]
+    if message.startswith(PREFIX):
+        return f"{SPLIT_CONFIG}: {message.removeprefix(PREFIX)}"
     return message

@@ -63,14 +63,20 @@ class Overload:
         WorkerOverloaded: all workers that the request may go to are busy.
         WorkerUnavailable: there are none.
         """
+        busy = self.refusal(request)
+        if busy is not None:
+            self.refused += 1
+            raise busy
+
+    def refusal(self, request: RouteRequest) -> WorkerOverloaded | None:
+        """What `check` would raise, if not WorkerUnavailable, which this raises too. Counts nothing."""
         if self.thresholds.off:
-            return
+            return None
         eligible = self._scheduler.eligible(request)
         positions = range(len(self._scheduler.load.workers)) if eligible is None else eligible
         if not all(map(self.busy, positions)):
-            return
-        self.refused += 1
-        raise WorkerOverloaded(
+            return None
+        return WorkerOverloaded(
             f"all {len(positions)} workers that could take the request are busy "
             f"({', '.join(self._set())}); try again later"
         )

@@ -128,6 +128,13 @@ class ClassQueue:
 
     def admit(self, request: RouteRequest, cached_tokens: int, workers: int) -> None:
         """Raises RouterQueueLimitExceeded if there is no room to wait. One request may always."""
+        full = self.full(request, cached_tokens, workers)
+        if full is not None:
+            self.rejected[full.limit_kind] += 1
+            raise full
+
+    def full(self, request: RouteRequest, cached_tokens: int, workers: int) -> RouterQueueLimitExceeded | None:
+        """Why there is no room to wait; None if there is."""
         policy = self.policy
         for kind, limit, current, more in (
             ("requests", policy.request_queue_limit_per_worker, self.requests, 1),
@@ -137,10 +144,10 @@ class ClassQueue:
             if limit is None:
                 continue
             if current + more > limit * workers and (self.requests or limit == 0):
-                self.rejected[kind] += 1
-                raise RouterQueueLimitExceeded(
+                return RouterQueueLimitExceeded(
                     policy_class=policy.name, limit_kind=kind, current=current, limit=limit * workers
                 )
+        return None
 
 
 class RouterQueue:
@@ -184,6 +191,18 @@ class RouterQueue:
         place = self._key(request, max(1, request.token_count - cached_tokens), now, queue.policy.queue_policy)
         waiting = (each for lane in queue.lanes.values() for each in lane.entries())
         return sum(each.uncached_tokens for each in waiting if each.order[:2] <= place)
+
+    def full(self, request: RouteRequest, now: float) -> RouterQueueLimitExceeded | None:
+        """Why `route` would refuse the request, which has to wait and finds no room; None if it would not. Raises
+        WorkerUnavailable."""
+        if self._only is not None or request.computed:
+            return None
+        blocks = self.scheduler.best_overlap(request, now)
+        cached_tokens = min(request.token_count, blocks * self.scheduler.block_size)
+        queue = self.classes[self.profile.classify(request.policy_class, request.token_count - cached_tokens).name]
+        if self._why_wait(queue, request) is None:
+            return None
+        return queue.full(request, cached_tokens, len(self.scheduler.load.workers))
 
     # --- coming in
 

@@ -44,9 +44,10 @@ class SplitView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Split(msgspec.Struct, frozen=True):
-    """What was decided, and why."""
+    """What was decided, and why: `cause` in a word, for counting; `reason` in a sentence with numbers."""
 
     remote: bool
+    cause: str
     reason: str
     terms: Mapping[str, float] = {}
 
@@ -72,7 +73,7 @@ class Always:
     def decide(self, view: SplitView) -> Split:
         """See `SplitPolicy`."""
         del view
-        return Split(True, "every prompt is computed by a prefill worker")
+        return Split(True, "always", "every prompt is computed by a prefill worker")
 
 
 class Bounding:
@@ -89,10 +90,11 @@ class Bounding:
         new, ratio = view.decode_new_tokens, view.decode_new_tokens / max(view.prompt_tokens, 1)
         terms = {"effective_tokens": new, "effective_ratio": ratio}
         if new <= self.threshold:
-            return Split(False, f"{new} tokens to compute are at most {self.threshold}", terms)
+            return Split(False, "short", f"{new} tokens to compute are at most {self.threshold}", terms)
         if ratio <= self.ratio:
-            return Split(False, f"only {ratio:.2f} of the prompt is to be computed, at most {self.ratio:g}", terms)
-        return Split(True, f"{new} tokens to compute", terms)
+            words = f"only {ratio:.2f} of the prompt is to be computed, at most {self.ratio:g}"
+            return Split(False, "cached", words, terms)
+        return Split(True, "long", f"{new} tokens to compute", terms)
 
 
 class Load:
@@ -107,11 +109,13 @@ class Load:
     def decide(self, view: SplitView) -> Split:
         """See `SplitPolicy`."""
         terms = {"prefill_load": view.prefill_load, "decode_load": view.decode_load}
+        queued = f"the prefill worker has {view.prefill_load:.2f} batches queued"
         if self.prefill_busy is None or view.prefill_load <= self.prefill_busy:
-            return Split(True, f"the prefill worker has {view.prefill_load:.2f} batches queued", terms)
+            return Split(True, "prefill_free", queued, terms)
         if self.is_decode_busy(view):
-            return Split(True, f"prefill is busy, and decode too with {view.decode_load:.2f} of its blocks", terms)
-        return Split(False, f"the prefill worker has {view.prefill_load:.2f} batches queued, which is busy", terms)
+            words = f"prefill is busy, and decode too with {view.decode_load:.2f} of its blocks"
+            return Split(True, "both_busy", words, terms)
+        return Split(False, "prefill_busy", f"{queued}, which is busy", terms)
 
     def is_decode_busy(self, view: SplitView) -> bool:
         """Whether the decode worker must not be given prompts too."""
@@ -129,7 +133,8 @@ class BoundingOrLoad:
     def decide(self, view: SplitView) -> Split:
         """See `SplitPolicy`."""
         if self._load.is_decode_busy(view):
-            return Split(True, f"decode is busy with {view.decode_load:.2f} of its blocks")
+            terms = {"decode_load": view.decode_load}
+            return Split(True, "decode_busy", f"decode is busy with {view.decode_load:.2f} of its blocks", terms)
         by_length = self._bounding.decide(view)
         return by_length if not by_length.remote else self._load.decide(view)
 
@@ -154,7 +159,7 @@ class Predicted:
         remote = there + view.transfer_s
         terms = {"local_s": local, "local_stall_s": stalled, "remote_s": remote, "transfer_s": view.transfer_s}
         words = f"{remote:.3f} s by a prefill worker, {local:.3f} s at the decode worker, of which {stalled:.3f} stalls"
-        return Split(remote < local, words, terms)
+        return Split(remote < local, "cheaper_remote" if remote < local else "cheaper_local", words, terms)
 
 
 POLICIES: dict[str, type[Always | Bounding | Load | BoundingOrLoad | Predicted]] = {

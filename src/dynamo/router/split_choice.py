@@ -27,18 +27,19 @@ class SplitChoice:
         self._prefill_queue = prefill
         self._transfer_s = transfer_s
 
-    def decide(self, request: RouteRequest, now: float) -> Split:
-        """Whether a prefill worker is to compute the prompt. Raises WorkerUnavailable if a pool has none."""
-        return self.policy.decide(self.view(request, now))
+    def decide(self, request: RouteRequest, now: float, at_prefill: RouteRequest | None = None) -> Split:
+        """Whether a prefill worker is to compute the prompt. `at_prefill` is what its router would be asked, if that is
+        not the same. Raises WorkerUnavailable if a pool has none."""
+        return self.policy.decide(self.view(request, now, at_prefill))
 
-    def view(self, request: RouteRequest, now: float) -> SplitView:
+    def view(self, request: RouteRequest, now: float, at_prefill: RouteRequest | None = None) -> SplitView:
         """What the policy sees."""
-        there, here = self._prefill.select(request, now), self._decode.select(request, now)
+        there, here = self._prefill.select(at_prefill or request, now), self._decode.select(request, now)
         fleet = self._decode.load
         at = fleet.position[here.worker]
         limits = fleet.limits[at]
         step_s, token_s = _prompt_time(self._prefill)
-        ahead = self._prefill_queue.tokens_ahead(request, request.token_count - there.new_tokens, now)
+        ahead = self._prefill_queue.tokens_ahead(at_prefill or request, request.token_count - there.new_tokens, now)
         queued = _queued(self._prefill, there, now, token_s) + ahead // len(self._prefill.load.workers)
         prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
         return SplitView(

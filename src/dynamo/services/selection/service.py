@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dynamo.router.config import KvRouterConfig, RouterConfig
+from dynamo.router.config import KvRouterConfig, RouterConfig, refuse_split
 from dynamo.runtime.errors import DynamoException, SelectionServiceError
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.selection import RouterMode
@@ -54,6 +54,7 @@ class SelectionService:
     ) -> None:
         if indexer_threads < 1:
             raise ValueError(f"indexer_threads must be at least 1, got {indexer_threads}")
+        refuse_split(router_config or KvRouterConfig(), "a SelectionService")
         ttl = session_affinity_ttl_secs
         self._config = RouterConfig(
             RouterMode.KV,
