@@ -175,7 +175,7 @@ def test_a_fork_that_nobody_uses_any_more_is_forgotten():
     for i in range(1, 64):
         load.free(f"fork-{i}")
     end = load.bookings["trunk"].end
-    assert list(end.blocks) == trunk
+    assert list(end.path[end.start : end.end]) == trunk
     assert not end.children
 
 

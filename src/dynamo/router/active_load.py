@@ -149,7 +149,7 @@ class ActiveLoad:
 
     # --- asking
 
-    def shared_blocks(self, sequence_hashes: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
+    def shared_blocks(self, sequence_hashes: Sequence[int]) -> Sequence[tuple[int, dict[int, int]]]:
         """(blocks, positions): active requests hold at least so many leading blocks at these positions already.
 
         Of several entries that a position is in, the last one counts. For reading now, not for keeping.
@@ -170,7 +170,6 @@ class ActiveLoad:
         sequence_hashes: Sequence[int],
         new_tokens: int,
         now: float,
-        *,
         private_blocks: int = 0,
         expected_blocks: float = 0.0,
     ) -> Booking:
@@ -183,6 +182,7 @@ class ActiveLoad:
             raise KeyError(f"request {request_id!r} is booked already")
         position = self.position[worker]
         self.touched.add(position)
+        blocks, prefilling = len(sequence_hashes), self._prefilling[position]
         end, fresh = self._paths.add(sequence_hashes, position)
         booking = Booking(
             request_id,
@@ -190,18 +190,20 @@ class ActiveLoad:
             new_tokens,
             now,
             end,
-            private_blocks=private_blocks,
-            expected_blocks=expected_blocks,
-            counted_blocks=private_blocks,
-            prompt_blocks=len(sequence_hashes),
-        )
+            True,
+            private_blocks,
+            0,
+            expected_blocks,
+            private_blocks,
+            blocks,
+        )  # by place: fast
         self.bookings[request_id] = self._at[position][request_id] = booking
-        if not self._prefilling[position]:
+        if not prefilling:
             self.oldest_prefill[position] = new_tokens
             self.progress_at[position] = now
-        self._prefilling[position][request_id] = booking
+        prefilling[request_id] = booking
         self.decode_blocks[position] += fresh + private_blocks
-        self.context_blocks[position] += len(sequence_hashes) + private_blocks
+        self.context_blocks[position] += blocks + private_blocks
         self.prefill_tokens[position] += new_tokens
         self.prefill_requests[position] += 1
         self.requests[position] += 1
@@ -211,18 +213,19 @@ class ActiveLoad:
         """The request made its first token. Unknown ids and later calls are ignored."""
         booking = self.bookings.get(request_id)
         if booking is not None and booking.prefilling:
-            self._end_prefill(booking, self.position[booking.worker])
-            self.touched.add(self.position[booking.worker])
-            if now is not None:
-                self.progress_at[self.position[booking.worker]] = now
+            position = self.position[booking.worker]
+            self.touched.add(position)
+            self._end_prefill(booking, position, now)
 
-    def _end_prefill(self, booking: Booking, position: int) -> None:
+    def _end_prefill(self, booking: Booking, position: int, now: float | None) -> None:
         booking.prefilling = False
         waiting = self._prefilling[position]
         del waiting[booking.request_id]
         self.oldest_prefill[position] = next(iter(waiting.values())).new_tokens if waiting else 0
         self.prefill_tokens[position] -= booking.new_tokens
         self.prefill_requests[position] -= 1
+        if now is not None:
+            self.progress_at[position] = now
 
     def output_block(self, request_id: str, decay_fraction: float | None = None) -> None:
         """The request filled one more block with what it generated [K30]. Unknown ids are ignored.
@@ -246,8 +249,11 @@ class ActiveLoad:
         self.context_blocks[position] += counted - booking.counted_blocks
         booking.counted_blocks = counted
 
-    def free(self, request_id: str) -> Booking | None:
-        """Close a booking, and say what it was. Unknown ids are ignored, so that every path may call this."""
+    def free(self, request_id: str, first_token_at: float | None = None) -> Booking | None:
+        """Close a booking, and say what it was. Unknown ids are ignored, so that every path may call this.
+
+        `first_token_at`: it made its first token only now, as far as `prefill_done` was not called.
+        """
         booking = self.bookings.pop(request_id, None)
         if booking is None:
             return None
@@ -255,7 +261,7 @@ class ActiveLoad:
         self.touched.add(position)
         del self._at[position][request_id]
         if booking.prefilling:
-            self._end_prefill(booking, position)
+            self._end_prefill(booking, position, first_token_at)
         gone = self._paths.drop(booking.end, position)
         self.decode_blocks[position] -= gone + booking.counted_blocks
         self.context_blocks[position] -= booking.prompt_blocks + booking.counted_blocks

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 from dynamo.llm.block_hash import PAIR, next_sequence_hash, sequence_hashes
 from dynamo.router.account import Account, HeldRun
-from dynamo.router.levels import Level, cut_at_holes
+from dynamo.router.levels import Level, cut_at_holes, level
 from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
 
 SETS_CACHED = 1024  # decoded sets of holders; at 1,000 holders in each, 8 MB
@@ -98,21 +98,19 @@ class BlockIndex(Generic[H]):
         slot = self._slots.get(holder)
         return slot.bit if slot is not None else 0
 
-    def by_level(self, levels: Sequence[Level]) -> Iterator[tuple[int, tuple[H, ...]]]:
+    def by_level(self, levels: Sequence[Level]) -> list[tuple[int, tuple[H, ...]]]:
         """(blocks, holders) for levels; of several that a holder is in, the last one counts."""
         if len(levels) <= FEW_LEVELS:  # their sets are often the same, and known
-            for blocks, mask in levels:
-                yield blocks, self._members(mask)
-            return
-        for (blocks, mask), (_, further) in pairwise((*levels, Level(0, 0))):
-            yield blocks, tuple(self._holders_in(mask & ~further))
+            return [(blocks, self._sets.get(mask) or self._members(mask)) for blocks, mask in levels]
+        return [
+            (blocks, tuple(self._holders_in(mask & ~further)))
+            for (blocks, mask), (_, further) in pairwise((*levels, Level(0, 0)))
+        ]
 
     def _members(self, mask: int) -> tuple[H, ...]:
-        members = self._sets.get(mask)
-        if members is None:
-            if len(self._sets) >= SETS_CACHED:
-                self._sets.clear()
-            members = self._sets[mask] = tuple(self._holders_in(mask))
+        if len(self._sets) >= SETS_CACHED:
+            self._sets.clear()
+        members = self._sets[mask] = tuple(self._holders_in(mask))
         return members
 
     def _holders_in(self, mask: int) -> Iterator[H]:
@@ -149,20 +147,23 @@ class BlockIndex(Generic[H]):
         levels: list[Level] = []
         if not sequence:
             return levels
-        runs, ids, count = self._tree.runs, self._tree.ids, len(sequence)
-        run = self._tree.run_of(sequence[0])
-        done, mask, walked = 0, run.mask, 0
+        runs, ids, seq = self._tree.runs, self._tree.ids, sequence[0]
+        run_id = ids[seq & LAST_BITS].get(seq)
+        if run_id is None:
+            return levels
+        run, count, done, walked = runs[run_id], len(sequence), 0, 0
+        mask = run.mask
         while run.mask and walked < WALKED_RUNS + done // WALKED_BLOCKS:
             walked += 1
             length = shared_length(run.seqs, 0, sequence, done)
             done += length
             if done == count or length < len(run.seqs):  # children follow a whole run, so nothing else does
-                levels.append(Level(done, mask))
+                levels.append(level((done, mask)))
                 return levels
             seq = sequence[done]
             run = runs[ids[seq & LAST_BITS].get(seq, 0)]
             if run.mask != mask:
-                levels.append(Level(done, mask))
+                levels.append(level((done, mask)))
                 mask = run.mask
         ahead = [(count, 0)]  # positions looked at already, with what was found, the nearest last
         while mask:

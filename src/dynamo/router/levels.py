@@ -3,7 +3,8 @@
 Levels of rising length and shrinking sets. A set is one integer, a bit for each worker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 
@@ -12,6 +13,10 @@ class Level(NamedTuple):
 
     blocks: int
     mask: int
+
+
+level: Callable[[tuple[int, int]], Level] = partial(tuple.__new__, Level)
+"""A level from its two numbers, without Python code that counts arguments: it is made for each look."""
 
 
 def cut_at_holes(levels: Sequence[Level], holes: Sequence[tuple[int, int]]) -> list[Level]:

@@ -6,7 +6,7 @@ this. It brings together who holds what (`OverlapSource`), who is busy (`ActiveL
 
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -66,6 +66,11 @@ class KvScheduler:
         self._routed: Callable[[WorkerKey, Sequence[int], float], None] | None = getattr(overlaps, "routed", None)
         self.suspended: set[WorkerKey] = set()
         """Workers that get nothing new: they failed a moment ago, or are leaving. What they have stays booked."""
+        # Of the configuration, what is looked at for each request.
+        self._tracks_blocks = config.router_track_active_blocks
+        self._reuses = config.router_assume_kv_reuse and config.router_track_active_blocks
+        self._tracks_prefill = config.router_track_prefill_tokens
+        self._learns = self.policy.learns
         self._rng = rng or random.Random()
         self._sent: dict[str, _Sent] = {}
         self._next_lesson_at = -math.inf
@@ -89,12 +94,10 @@ class KvScheduler:
 
     def view(self, request: RouteRequest, now: float) -> View:
         """Everything a policy looks at, for one request."""
-        hashes = request.sequence_hashes
-        held, most = ([], 0) if request.computed and request.ignores_caches else self._positions.held(hashes, now)
-        shared: Sequence[tuple[int, Collection[int]]] = ()
-        if self.shares(request):
-            shared = self.load.shared_blocks(hashes)
-        size = self.block_size
+        hashes, size = request.sequence_hashes, self.block_size
+        held, most = ((), 0) if request.computed and request.ignores_caches else self._positions.held(hashes, now)
+        reuses = self._reuses if request.override is None else self.shares(request)
+        shared = self.load.shared_blocks(hashes) if reuses else ()
         return View(
             self.load, request, size, -(-request.token_count // size), held, shared, most, now
         )  # by place: fast
@@ -111,24 +114,26 @@ class KvScheduler:
         if request.preferred_taints:
             costs = self._prefer(costs, request.preferred_taints)
         position, reason = self._choose(costs, eligible, self._temperature(request))
-        overlap = view.overlap(position) if view.held else NO_OVERLAP
-        new_tokens = view.new_tokens_after(overlap)
+        overlap, new_tokens, hit_rate, best = NO_OVERLAP, request.token_count, 0.0, 0
+        if view.held:
+            overlap = view.overlap(position)
+            new_tokens = view.new_tokens_after(overlap)
+            best = view.most_overlap if eligible is None else max(view.overlap(at).total for at in eligible)
+            if overlap.total and request.token_count:
+                hit_rate = 1 - new_tokens / request.token_count
         return Decision(
-            worker=self.load.workers[position],
-            overlap=overlap,
-            new_tokens=new_tokens,
-            cost=costs[position],
-            hit_rate=1 - new_tokens / request.token_count
-            if overlap is not NO_OVERLAP and overlap.total and request.token_count
-            else 0.0,
-            policy=self.policy.name,
-            reason=reason,
-            candidates=len(costs) if eligible is None else len(eligible),
-            best_overlap_blocks=view.most_overlap
-            if eligible is None
-            else max(view.overlap(at).total for at in eligible),
-            explanation=self._explain(view, costs, eligible, position, reason) if explain else None,
-        )
+            self.load.workers[position],
+            overlap,
+            new_tokens,
+            costs[position],
+            hit_rate,
+            self.policy.name,
+            reason,
+            len(costs) if eligible is None else len(eligible),
+            best,
+            0.0,
+            self._explain(view, costs, eligible, position, reason) if explain else None,
+        )  # by place: fast
 
     def best_overlap(self, request: RouteRequest, now: float) -> int:
         """The most blocks of the prompt that any worker which it may go to holds. Raises as `eligible`."""
@@ -218,16 +223,15 @@ class KvScheduler:
     def shares(self, request: RouteRequest) -> bool:
         """Whether the request's blocks count once with those of others that have them too [K31]."""
         override = request.override
-        reuse = self.config.router_assume_kv_reuse
         if override is not None and override.assume_kv_reuse is not None:
-            reuse = override.assume_kv_reuse
-        return reuse and self.config.router_track_active_blocks
+            return override.assume_kv_reuse and self._tracks_blocks
+        return self._reuses
 
     def _track_prefill(self, request: RouteRequest) -> bool:
         override = request.override
         if override is not None and override.track_prefill_tokens is not None:
             return override.track_prefill_tokens
-        return self.config.router_track_prefill_tokens
+        return self._tracks_prefill
 
     # --- explaining
 
@@ -280,40 +284,32 @@ class KvScheduler:
         Raises:
             KeyError: the worker is gone, or the request's id is booked already.
         """
-        hashes: Sequence[int] = request.sequence_hashes if self.shares(request) else ()
-        load, computes = self.load, self._track_prefill(request)
-        learns = self.policy.learns and now >= self._next_lesson_at
-        if learns:
-            at = load.position[decision.worker]
-            sent = _Sent(
-                now,
-                load.prefill_tokens[at],
-                load.requests[at] - load.prefill_requests[at],
-                load.decode_blocks[at],
-                decision.new_tokens,
-                computes,
-            )
-        expected = request.expected_output_tokens if self.config.router_track_output_blocks else None
-        load.book(
-            request.request_id,
-            decision.worker,
-            hashes,
-            decision.new_tokens if computes else 0,
-            now,
-            private_blocks=self._private_blocks(request, len(hashes)),
-            expected_blocks=(expected or 0) / self.block_size,
-        )
-        if learns:
+        reuses, computes = self._reuses, self._tracks_prefill
+        if request.override is not None:
+            reuses, computes = self.shares(request), self._track_prefill(request)
+        hashes: Sequence[int] = request.sequence_hashes if reuses else ()
+        sent = None
+        if self._learns and now >= self._next_lesson_at:
+            sent = self._as_sent(decision, computes, now)
+        private = 0  # blocks of the prompt that no other request can share, as far as this router is to know
+        if self._tracks_blocks:
+            private = max(0, -(-request.token_count // self.block_size) - len(hashes))
+        expected = 0.0
+        if request.expected_output_tokens and self.config.router_track_output_blocks:
+            expected = request.expected_output_tokens / self.block_size
+        new_tokens = decision.new_tokens if computes else 0
+        self.load.book(request.request_id, decision.worker, hashes, new_tokens, now, private, expected)
+        if sent is not None:
             self._sent[request.request_id] = sent
             self._next_lesson_at = now + LESSON_EVERY_S
         if self._routed is not None:
             self._routed(decision.worker, request.sequence_hashes, now)
 
-    def _private_blocks(self, request: RouteRequest, shared: int) -> int:
-        """Blocks of the prompt that no other request can share, as far as this router is to know."""
-        if not self.config.router_track_active_blocks:
-            return 0
-        return max(0, -(-request.token_count // self.block_size) - shared)
+    def _as_sent(self, decision: Decision, computes: bool, now: float) -> _Sent:
+        load = self.load
+        at = load.position[decision.worker]
+        decodes = load.requests[at] - load.prefill_requests[at]
+        return _Sent(now, load.prefill_tokens[at], decodes, load.decode_blocks[at], decision.new_tokens, computes)
 
     def prefill_done(self, request_id: str, now: float) -> None:
         """The request made its first token. Unknown ids and later calls are ignored."""
@@ -380,30 +376,34 @@ class _Positions:
 
     def __init__(self, source: OverlapSource, load: ActiveLoad) -> None:
         self._find = source.find
-        self._groups: Callable[..., Sequence[tuple[Overlap, Sequence[WorkerKey]]]] | None
-        self._groups = getattr(source, "groups", None)
+        self._groups: Callable[..., Sequence[tuple[Overlap, Sequence[WorkerKey]]]]
+        self._groups = getattr(source, "groups", self._one_by_one)
         self._load = load
         self._version = load.version
         self._known: dict[int, tuple[Sequence[WorkerKey], tuple[int, ...]]] = {}
 
-    def held(self, sequence_hashes: Sequence[int], now: float) -> tuple[list[tuple[Overlap, Sequence[int]]], int]:
+    def held(self, sequence_hashes: Sequence[int], now: float) -> tuple[Sequence[tuple[Overlap, Sequence[int]]], int]:
         """What groups of positions hold, and the most blocks that one does."""
+        found = self._groups(sequence_hashes, now)
+        if not found:
+            return (), 0
         held: list[tuple[Overlap, Sequence[int]]] = []
         most = 0
-        if self._groups is None:
-            position = self._load.position.get
-            found = self._find(sequence_hashes, now).items()
-            held = [(overlap, (at,)) for worker, overlap in found if (at := position(worker)) is not None]
-        else:
-            for overlap, workers in self._groups(sequence_hashes, now):
-                positions = self._of(workers)
-                if positions:
-                    held.append((overlap, positions))
-        for overlap, _ in held:
-            most = max(most, overlap.total)
+        for overlap, workers in found:
+            positions = self._of(workers)
+            if positions:
+                held.append((overlap, positions))
+                device, host, disk = overlap
+                most = max(most, device + host + disk)
         return held, most
 
+    def _one_by_one(self, sequence_hashes: Sequence[int], now: float) -> Sequence[tuple[Overlap, Sequence[WorkerKey]]]:
+        return [(overlap, (worker,)) for worker, overlap in self._find(sequence_hashes, now).items()]
+
     def _of(self, workers: Sequence[WorkerKey]) -> tuple[int, ...]:
+        if len(workers) == 1:
+            at = self._load.position.get(workers[0])
+            return (at,) if at is not None else ()
         if self._version != self._load.version or len(self._known) >= GROUPS_KNOWN:
             self._version = self._load.version
             self._known.clear()

@@ -7,6 +7,7 @@ prompt answers for all of them, and blocks moved to host memory still find the p
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ class Outcome(StrEnum):
 
 
 _OK = Outcome.OK  # a member is found in its class by a dictionary and a descriptor, each time
+_on_device: Callable[[tuple[int, int, int]], Overlap] = partial(tuple.__new__, Overlap)
 
 
 class TierIndex:
@@ -78,7 +80,7 @@ class TierIndex:
         if index.has_holes:
             levels = index.levels(sequence_hashes)
         by_level: Callable[[list[Level]], Any] = index.by_level  # there are no lower tiers in these levels
-        return [(Overlap(blocks), workers) for blocks, workers in by_level(levels)]
+        return [(_on_device((blocks, 0, 0)), workers) for blocks, workers in by_level(levels)]
 
     def _find_on_tiers(self, sequence_hashes: Sequence[int], levels: list[Level]) -> dict[WorkerKey, Overlap]:
         index = self.index

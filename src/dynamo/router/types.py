@@ -95,7 +95,7 @@ class RouterOverride(msgspec.Struct, frozen=True):
 _OLD_NAMES = {"overlap_score_weight": "overlap_score_credit", "temperature": "router_temperature"}
 
 
-class RouteRequest(msgspec.Struct, kw_only=True):
+class RouteRequest(msgspec.Struct):
     """One prompt that wants a worker. `sequence_hashes` are of its full blocks, in order."""
 
     request_id: str
@@ -207,9 +207,19 @@ class View(msgspec.Struct):
         """Prompt tokens this worker would have to compute: all but its cached blocks, and at least one."""
         return self.new_tokens_after(self.overlap(position))
 
-    def new_token_column(self) -> list[int]:
-        """`new_tokens` by position."""
-        return self.overlap_column(self.new_tokens_after, self.request.token_count)
+    def new_token_column(self, weight: Number) -> list[Number]:
+        """`new_tokens` by position, times `weight`."""
+        count, size, length = self.request.token_count, self.block_size, len(self.fleet.workers)
+        column = [weight * count] * length
+        for (device, host, disk), positions in self.held:
+            held = (device + host + disk) * size
+            new = weight * (count - held if held < count else 1) if held else weight * count
+            if len(positions) == length:
+                column = [new] * length
+            else:
+                for position in positions:
+                    column[position] = new
+        return column
 
     def new_tokens_after(self, overlap: Overlap) -> int:
         """`new_tokens` of a worker that holds so much."""
@@ -243,7 +253,7 @@ def _column(length: int, groups: Iterable[tuple[Number, Collection[int]]], none:
     return column
 
 
-class Decision(msgspec.Struct, kw_only=True):
+class Decision(msgspec.Struct):
     """Where a request goes, and what spoke for it. `hit_rate` is cached tokens over prompt tokens, 0 to 1."""
 
     worker: WorkerKey

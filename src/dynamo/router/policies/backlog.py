@@ -7,7 +7,7 @@ Engines compute prompts in order, so the oldest is partly done. As two lines, of
 takes two numbers of each, and computes anew those of the few that were touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Final
 
 from dynamo.router.types import Fleet
@@ -29,20 +29,24 @@ class Backlog:
         self._fleet: Fleet | None = None
         self._version = -1
 
-    def refresh(self, fleet: Fleet, rate: float) -> Sequence[int]:
-        """Bring the columns up to date. Returns the positions that may have changed."""
-        positions: Sequence[int]
-        moved = fleet is not self._fleet or fleet.version != self._version
-        if moved or abs(rate - self.rate) > RATE_TOLERANCE * self.rate:
+    def refresh(self, fleet: Fleet, rate: float, per_block: float = 0.0) -> Collection[int]:
+        """Bring the columns up to date, each with `per_block` tokens added for a block that the worker's requests hold.
+
+        Returns the positions that may have changed.
+        """
+        positions: Collection[int] = fleet.touched
+        if rate != self.rate and abs(rate - self.rate) > RATE_TOLERANCE * self.rate:
+            self._fleet = None
+        if fleet is not self._fleet or fleet.version != self._version:
             self._fleet, self._version, self.rate = fleet, fleet.version, rate
             positions = range(len(fleet.workers))
             self.behind = [0.0] * len(positions)
             self.ahead = [NOTHING] * len(positions)
-        else:
-            positions = list(fleet.touched)
-        fleet.touched.clear()
+        behind, ahead, blocks = self.behind, self.ahead, fleet.decode_blocks
+        queues, oldest = fleet.prefill_tokens, fleet.oldest_prefill
         for at in positions:
-            queued = fleet.prefill_tokens[at]
-            self.behind[at] = float(queued - fleet.oldest_prefill[at])
-            self.ahead[at] = queued + fleet.progress_at[at] * self.rate if queued else NOTHING
+            queued, held = queues[at], per_block * blocks[at]
+            behind[at] = queued - oldest[at] + held
+            ahead[at] = queued + fleet.progress_at[at] * self.rate + held if queued else NOTHING
+        fleet.touched = set()
         return positions

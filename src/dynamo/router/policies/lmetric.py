@@ -23,7 +23,7 @@ class LMetric(FixedPolicy):
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens times requests."""
-        columns = zip(view.fleet.prefill_tokens, view.new_token_column(), view.fleet.requests, strict=True)
+        columns = zip(view.fleet.prefill_tokens, view.new_token_column(1), view.fleet.requests, strict=True)
         return [(queued + new) * (batch + 1) for queued, new, batch in columns]
 
     def terms(self, view: View, position: int) -> dict[str, float]:

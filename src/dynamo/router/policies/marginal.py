@@ -37,54 +37,37 @@ class MarginalCost(PredictedLatency):
 
     def __init__(self, config: KvRouterConfig) -> None:
         super().__init__(config)
-        # The backlog's two lines, each with what is charged for the context held.
-        self._behind: list[float] = []
-        self._ahead: list[float] = []
         self._room_version = -1
         self._least_room = 0.0
 
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens to compute."""
-        fleet, backlog = view.fleet, self.backlog
-        self._refresh(view)
+        fleet, backlog, size = view.fleet, self.backlog, view.block_size
+        if fleet.version != self._room_version:
+            self._room_version = fleet.version
+            self._least_room = min((lim.total_blocks or math.inf for lim in fleet.limits), default=math.inf)
+        backlog.refresh(fleet, self.tokens_a_second, HELD * size)
         passed = view.now * backlog.rate
         context = fleet.context_blocks
-        fair, crowd = FAIR * sum(context) / len(context), CROWD * view.block_size
+        fair, crowd = FAIR * sum(context) / len(context), CROWD * size
         new_tokens: Iterable[float] = repeat(NEW * view.request.token_count)
         if view.held:
-            new_tokens = view.overlap_column(
-                lambda held: NEW * view.new_tokens_after(held), NEW * view.request.token_count
-            )
-        columns = zip(self._behind, self._ahead, new_tokens, context, strict=False)  # nothing held has no end
+            new_tokens = view.new_token_column(NEW)
+        columns = zip(backlog.behind, backlog.ahead, new_tokens, context, strict=False)  # nothing held has no end
         costs = [
             (behind if behind > (left := ahead - passed) else left) + new + (crowd * (c - fair) if c > fair else 0.0)
             for behind, ahead, new, c in columns
         ]
         if max(fleet.decode_blocks) + view.blocks > self._least_room:
             self._add_overflow(view, costs)
-        paces = self.paces(fleet)
-        if paces is not None:
-            costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
+        if self._paces is not None or fleet.version != self._version:
+            costs = self._paced(costs, fleet)
         return costs
 
     @staticmethod
     def _fair(view: View) -> float:
         """How many blocks a worker's requests may read before more of them cost."""
         return FAIR * sum(view.fleet.context_blocks) / len(view.fleet.context_blocks)
-
-    def _refresh(self, view: View) -> None:
-        """Bring the lines, and the least room of any, up to date where something happened."""
-        if view.fleet.version != self._room_version:
-            self._room_version = view.fleet.version
-            self._least_room = min((lim.total_blocks or math.inf for lim in view.fleet.limits), default=math.inf)
-        held_by, blocks, backlog = HELD * view.block_size, view.fleet.decode_blocks, self.backlog
-        touched = backlog.refresh(view.fleet, self.tokens_a_second)
-        if len(self._behind) != len(backlog.behind):
-            self._behind, self._ahead = backlog.behind.copy(), backlog.ahead.copy()
-        for at in touched:
-            charge = held_by * blocks[at]
-            self._behind[at] = backlog.behind[at] + charge
-            self._ahead[at] = backlog.ahead[at] + charge
 
     def _add_overflow(self, view: View, costs: list[float]) -> None:
         """Charge for blocks that a worker has no room for."""

@@ -51,15 +51,16 @@ class PredictedLatency:
         fleet, backlog = view.fleet, self.backlog
         backlog.refresh(fleet, self.tokens_a_second)
         passed = view.now * backlog.rate
-        columns = zip(fleet.requests, backlog.behind, backlog.ahead, view.new_token_column(), strict=True)
+        columns = zip(fleet.requests, backlog.behind, backlog.ahead, view.new_token_column(1), strict=True)
         costs = [
             (batch + SOFTENING) * ((behind if behind > (left := ahead - passed) else left) + new)
             for batch, behind, ahead, new in columns
         ]
+        return self._paced(costs, fleet)
+
+    def _paced(self, costs: list[float], fleet: Fleet) -> list[float]:
         paces = self.paces(fleet)
-        if paces is not None:
-            costs = [cost * pace for cost, pace in zip(costs, paces, strict=True)]
-        return costs
+        return costs if paces is None else [cost * pace for cost, pace in zip(costs, paces, strict=True)]
 
     @property
     def tokens_a_second(self) -> float:

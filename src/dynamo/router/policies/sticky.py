@@ -26,7 +26,7 @@ class StickyUntilSaturated(FixedPolicy):
     def costs(self, view: View) -> list[float]:
         """One cost for each worker, in tokens."""
         queued, most_new = view.fleet.prefill_tokens, (1 - MIN_HIT) * view.request.token_count
-        new_tokens = view.new_token_column()
+        new_tokens = view.new_token_column(1)
         costs: list[float] = [tokens + new for tokens, new in zip(queued, new_tokens, strict=True)]
         candidates = [
             position
