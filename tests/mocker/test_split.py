@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from dynamo.engine.handoff import LEASE_MARGIN_S
+from dynamo.engine import handoff, takeover
 from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.engine.worker_args import WorkerOptions
 from dynamo.llm.protocols.engine import PreprocessedRequest
@@ -245,13 +245,81 @@ async def test_a_transfer_takes_its_time(runtime: DistributedRuntime, model_dir:
         assert items[1]["engine_data"]["kv_transfer"]["seconds"] >= 0.2
 
 
-async def test_a_transfer_longer_than_the_lease_is_not_begun(runtime: DistributedRuntime, model_dir: Path) -> None:
-    slow = TransferTiming(bytes_per_token=1_000_000_000, bandwidth_gb_s=1.0)
-    async with trio(runtime, model_dir, replace(CONFIG, transfer=slow, lease_s=LEASE_MARGIN_S + 2)) as three:
-        items = await three.split(request(range(20)))
-        assert of(items) == of(await three.ask("agg", request(range(20))))
+LEASE_S = 0.8
+SLOW = replace(CONFIG, transfer=TransferTiming(bytes_per_token=50_000_000, bandwidth_gb_s=1.0), lease_s=LEASE_S)
+
+
+@pytest.fixture
+def small_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a lease may be shorter than the margin that clocks and engines need."""
+    for module in (handoff, takeover):
+        monkeypatch.setattr(module, "LEASE_MARGIN_S", 0.05)
+
+
+async def test_a_transfer_that_ends_after_the_lease_is_thrown_away(
+    runtime: DistributedRuntime, model_dir: Path, small_margin: None
+) -> None:
+    async with trio(runtime, model_dir, SLOW) as three:
+        wanted = request(range(20))
+        first = await three.prefill(wanted)
+        first["disaggregated_params"]["lease_s"] = 0.0  # as of a worker that cannot keep it longer
+        rest = await three.ask("decode", msgspec.structs.replace(wanted, prefill_result=first))
+        assert first["token_ids"] + of(rest) == of(await three.ask("agg", wanted))
         assert three.recomputed("late") == 1
         await eventually(lambda: three.in_use("prefill") == 0)
+
+
+async def test_a_transfer_longer_than_the_lease_is_waited_for(
+    runtime: DistributedRuntime, model_dir: Path, small_margin: None
+) -> None:
+    async with trio(runtime, model_dir, SLOW) as three:
+        items = await three.split(request(range(40)))
+        assert of(items) == of(await three.ask("agg", request(range(40))))
+        assert items[1]["engine_data"]["kv_transfer"]["seconds"] >= 2 > 2 * LEASE_S
+        assert three.recomputed("") == 0
+        await eventually(lambda: three.in_use("prefill") == 0)
+
+
+async def test_kv_is_there_after_a_queue_of_three_leases(
+    runtime: DistributedRuntime, model_dir: Path, small_margin: None
+) -> None:
+    async with trio(runtime, model_dir, replace(CONFIG, lease_s=LEASE_S), engine_request_limit=1) as three:
+        three.engines["decode"].held = lambda: busy  # it makes no step
+        busy = True
+        before = asyncio.ensure_future(three.ask("decode", request(range(100, 110))))
+        wanted = request(range(40))
+        first = await three.prefill(wanted)
+        began = asyncio.get_running_loop().time()
+        waiting = asyncio.ensure_future(three.ask("decode", msgspec.structs.replace(wanted, prefill_result=first)))
+        await asyncio.sleep(3 * LEASE_S)  # the queue that this is about
+        assert three.in_use("prefill") == 40 // BLOCK
+        busy = False
+        await before
+        rest = await waiting
+        assert asyncio.get_running_loop().time() - began > 3 * LEASE_S
+        assert first["token_ids"] + of(rest) == of(await three.ask("agg", wanted))
+        assert rest[0]["engine_data"]["kv_transfer"]["tokens"] == 40
+        assert three.recomputed("") == 0
+        await eventually(lambda: three.in_use("prefill") == 0)
+
+
+async def test_a_request_that_is_cancelled_in_the_queue_keeps_nothing(
+    runtime: DistributedRuntime, model_dir: Path, small_margin: None
+) -> None:
+    async with trio(runtime, model_dir, replace(CONFIG, lease_s=LEASE_S), engine_request_limit=1) as three:
+        three.engines["decode"].held = lambda: busy
+        busy = True
+        before = asyncio.ensure_future(three.ask("decode", request(range(100, 110))))
+        wanted = request(range(40))
+        wanted = msgspec.structs.replace(wanted, prefill_result=await three.prefill(wanted))
+        stream = await three.clients["decode"].generate(msgspec.to_builtins(wanted), annotated=False)
+        await asyncio.sleep(1.5 * LEASE_S)
+        assert three.in_use("prefill") == 40 // BLOCK
+        await stream.aclose()
+        async with asyncio.timeout(LEASE_S + 1):
+            await eventually(lambda: three.in_use("prefill") == 0)
+        busy = False
+        await before
 
 
 async def test_a_cancel_in_the_middle_of_a_transfer_frees_both_sides(

@@ -23,9 +23,9 @@ from tests.vllm.vllm_helpers import alive, descendants, pid_named
 START_S = 240.0  # two cores and seven neighbours
 ANSWER_S = 60.0
 LEASE_S = 6
-BLOCK, BLOCKS = 32, 200
-ENGINE = ["--max-model-len", "4096", "--enforce-eager", "--max-num-seqs", "16", "--block-size", str(BLOCK)]
-ENGINE += ["--num-gpu-blocks-override", str(BLOCKS)]
+BLOCK, BLOCKS, SEQUENCES = 32, 200, 16
+ENGINE = ["--max-model-len", "4096", "--enforce-eager", "--block-size", str(BLOCK)]
+ENGINE += ["--max-num-seqs", str(SEQUENCES), "--num-gpu-blocks-override", str(BLOCKS)]
 Answer = list[dict[str, Any]]
 
 

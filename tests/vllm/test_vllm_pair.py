@@ -24,7 +24,21 @@ from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm.engine import DRIVER_ENV
-from tests.vllm.pair import BLOCK, BLOCKS, LEASE_S, START_S, Worker, ask, prefill, resumed, split, tokens, total, until
+from tests.vllm.pair import (
+    BLOCK,
+    BLOCKS,
+    LEASE_S,
+    SEQUENCES,
+    START_S,
+    Worker,
+    ask,
+    prefill,
+    resumed,
+    split,
+    tokens,
+    total,
+    until,
+)
 from tests.vllm.vllm_cases import SCHEMA, words
 from tests.vllm.vllm_helpers import request
 
@@ -88,7 +102,7 @@ async def pair(weights_dir: Path, lora_dir: Path, tmp_path_factory: pytest.TempP
         decode = ["--disaggregation-mode", "decode"]
         workers = [
             await start("prefill", "core", "--disaggregation-mode", "prefill", "--kv-lease", str(LEASE_S), *adapter),
-            await start("plain", "core", *decode, "--no-enable-prefix-caching"),
+            await start("plain", "core", *decode, "--no-enable-prefix-caching", "--scheduling-policy", "priority"),
             await start("cached", "async", *decode, "--endpoint", "dynamo.cached.generate", *adapter),
         ]
         try:
@@ -264,6 +278,7 @@ async def test_kv_that_is_read_after_its_lease_is_thrown_away(pair: Pair) -> Non
     wanted = asked(words(708, 320))
     right = tokens(await ask(pair.plain, wanted))
     first = await prefill(pair.prefiller, wanted)
+    first["disaggregated_params"]["lease_s"] = 0.0  # as of a worker that cannot keep it longer
     before = await pair.plain.metric(RECOMPUTES, reason="transfer")
     ended = "dynamo_component_kv_handles_ended_total"
     expired = await pair.prefiller.metric(ended, end="expired")
@@ -280,6 +295,33 @@ async def test_kv_that_is_read_after_its_lease_is_thrown_away(pair: Pair) -> Non
         os.kill(core, signal.SIGCONT)
     assert [*first["token_ids"], *tokens(await answer)] == right
     assert await pair.plain.metric(RECOMPUTES, reason="transfer") == before + 1
+    await pair.nothing_held()
+
+
+async def test_kv_is_there_after_a_queue_of_three_leases(pair: Pair) -> None:
+    wanted = asked(words(715, 320))
+    right = tokens(await ask(pair.plain, wanted))
+    lost = await pair.plain.metric(RECOMPUTES)
+
+    async def keep_busy(seed: int) -> None:
+        rnd = random.Random(seed)
+        while True:  # of many lengths, so that no more end at once than wait
+            await ask(pair.plain, asked(words(seed, 5), rnd.randrange(50, 390), routing={"priority": 5}))
+
+    # As many as are let into the engine beside the one that this is about: it waits behind them in vLLM's own queue.
+    ahead = [asyncio.ensure_future(keep_busy(2000 + i)) for i in range(SEQUENCES * 3 // 2 - 1)]
+    try:
+        first = await prefill(pair.prefiller, wanted)
+        answer = asyncio.ensure_future(ask(pair.plain, resumed(wanted, first)))
+        await asyncio.sleep(3 * LEASE_S)  # the queue that this is about
+        assert not answer.done()
+        assert await pair.prefiller.held() == (0.0, 1.0)
+        assert await pair.prefiller.metric("dynamo_component_kv_lease_renewals_total") >= 6
+    finally:
+        for each in ahead:
+            each.cancel()
+    assert [*first["token_ids"], *tokens(await answer)] == right
+    assert await pair.plain.metric(RECOMPUTES) == lost
     await pair.nothing_held()
 
 

@@ -44,6 +44,7 @@ class Engine:
         self.prefill_tokens: list[int] = []
         self.withdrawn: list[str] = []
         self.failed: dict[str, Exception] = {}
+        self.extended: list[tuple[Any, float]] = []
         self.refuse: Exception | None = None
 
     def send(self, request: DriverRequest, prefill_tokens: int) -> None:
@@ -57,6 +58,9 @@ class Engine:
 
     def fail(self, request_id: str, error: Exception) -> None:
         self.failed[request_id] = error
+
+    def extend_read(self, params: dict[str, Any], deadline: float) -> None:
+        self.extended.append((params, deadline))
 
 
 class ScriptedClaim:
@@ -78,8 +82,15 @@ class ScriptedClaims(Claims):
         self.on_lost = "recompute"
         self.claim = ScriptedClaim()
 
-    def begin(self, request: Any, then: Callable[[Grant | Refusal], None]) -> Any:
+    def begin(
+        self,
+        request: Any,
+        then: Callable[[Grant | Refusal], None],
+        renewed: Callable[[Grant], None] | None = None,
+    ) -> Any:
         self.then = then
+        assert renewed is not None
+        self.renewed = renewed
         return self.claim
 
 
@@ -134,6 +145,13 @@ def test_the_engine_is_told_where_the_kv_is_until_when_and_how_to_begin() -> Non
             "remote_blocks_expiry_time": GRANT.deadline,
         },
     }
+
+
+def test_an_engine_that_has_not_read_yet_is_told_that_it_may_read_later() -> None:
+    taking = Taking()
+    taking.claims.then(GRANT)
+    taking.claims.renewed(Grant(HANDLE, GRANT.params, 1240.0, "claim"))
+    assert taking.engine.extended == [(GRANT.params, 1240.0)]
 
 
 def test_the_clients_token_is_left_out_and_the_rest_is_the_engines_own() -> None:

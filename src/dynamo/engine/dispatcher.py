@@ -7,11 +7,13 @@ step goes to its streams in one call of `on_outputs`, so that it leaves in one f
 
 import itertools
 import logging
+from collections.abc import Callable
 
 import msgspec
 
 from dynamo.engine.admission import Admission
 from dynamo.engine.contract import LLMEngine
+from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import DynamoException, EngineShutdown, InvalidArgument
 from dynamo.runtime.streams import ResponseStream
@@ -19,6 +21,8 @@ from dynamo.runtime.streams import ResponseStream
 log = logging.getLogger(__name__)
 
 MAX_CHOICES = 128  # the limit of the interface that clients know; each choice costs an engine a sequence
+
+Keep = Callable[[PreprocessedRequest], Keeping | None]
 
 _decode = msgspec.msgpack.Decoder(PreprocessedRequest).decode
 
@@ -36,7 +40,7 @@ class _Choice:
 class _Request:
     """One stream, and its choices that have not ended yet, by engine id."""
 
-    __slots__ = ("_server", "choices", "followers", "inside", "payload", "stream", "usage")
+    __slots__ = ("_server", "choices", "followers", "inside", "keeping", "payload", "stream", "usage")
 
     def __init__(self, server: "Dispatcher", payload: PreprocessedRequest, stream: ResponseStream) -> None:
         self._server = server
@@ -46,16 +50,27 @@ class _Request:
         self.choices: dict[str, int] = {}
         self.followers: list[str] = []
         self.usage: CompletionUsage | None = None
+        self.keeping: Keeping | None = None
+
+    def stop_keeping(self) -> None:
+        if self.keeping is not None:
+            self.keeping.stop()
+            self.keeping = None
 
     def start(self) -> None:
+        self.stop_keeping()
         self._server.submit(self)
 
 
 class Dispatcher:
     """The push handler of an engine's endpoint, and the receiver of its outputs. Owns the requests in flight."""
 
-    def __init__(self, engine: LLMEngine, admission: Admission, *, one_choice: bool = False) -> None:
-        """`one_choice`: whatever `n` a request has, it is for others to make the rest (a prefill worker)."""
+    def __init__(
+        self, engine: LLMEngine, admission: Admission, *, one_choice: bool = False, keep: Keep | None = None
+    ) -> None:
+        """`one_choice`: whatever `n` a request has, it is for others to make the rest (a prefill worker). `keep` lets
+        a prefill worker's KV not expire while the request for it waits outside the engine (a decode worker)."""
+        self._keep = keep
         self._cached_tokens = 0
         self._prompt_tokens = 0
         self._engine = engine
@@ -107,6 +122,8 @@ class Dispatcher:
             stream.fail(e)
             return
         if request in self._requests:  # it may have ended already
+            if self._keep is not None and not request.inside and request.payload.prefill_result is not None:
+                request.keeping = self._keep(request.payload)
             stream.context.on_stop(lambda: self._cancel(request))
 
     def submit(self, request: _Request) -> None:
@@ -225,6 +242,7 @@ class Dispatcher:
 
     def _end(self, request: _Request) -> None:
         self._requests.discard(request)
+        request.stop_keeping()
         request.stream.end()
         self._admission.leave(request)
 

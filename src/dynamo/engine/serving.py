@@ -167,7 +167,8 @@ class EngineWorker:
             metrics.admission.rejected,
         )
         role = worker.disaggregation_mode
-        self.dispatcher = Dispatcher(self.engine, admission, one_choice=role == "prefill")
+        keep = self._handoff.keep if isinstance(self._handoff, Claims) else None
+        self.dispatcher = Dispatcher(self.engine, admission, one_choice=role == "prefill", keep=keep)
         self._gauges.hit_rate.set_function(self.dispatcher.hit_rate)
         self._reports = Reports(
             self.endpoint, instance_id, config, self._gauges, waiting=lambda: self.dispatcher.num_queued

@@ -22,6 +22,8 @@ from dynamo.engine.handoff import (
     digest_of,
 )
 from dynamo.engine.transfer_metrics import DecodeMetrics
+from dynamo.llm import kv_lease
+from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.address import EndpointAddress
@@ -40,7 +42,8 @@ OnLostKv = Literal["recompute", "error"]
 
 
 class Grant(msgspec.Struct):
-    """The KV may be read until `deadline`, on this machine's monotonic clock. `params` is for the engine."""
+    """The KV may be read until `deadline`, on this machine's monotonic clock, which moves while the claim is not done.
+    `params` is for the engine."""
 
     handle: Handle
     params: Any
@@ -56,6 +59,7 @@ class Refusal(msgspec.Struct, frozen=True):
 
 
 Then = Callable[[Grant | Refusal], None]
+Renewed = Callable[[Grant], None]
 
 
 class Claims:
@@ -75,10 +79,17 @@ class Claims:
         """Watch the prefill workers of an endpoint already, so that the first request need not wait for it."""
         await self._client(endpoint)
 
-    def begin(self, request: PreprocessedRequest, then: Then) -> "Claim":
+    def begin(self, request: PreprocessedRequest, then: Then, renewed: Renewed | None = None) -> "Claim":
         """Ask for the KV that `request.prefill_result` announces. `then` is called once, from a later turn of the
-        loop, unless the claim is cancelled before."""
-        return Claim(self, request, then)
+        loop, unless the claim is cancelled before; `renewed` whenever what was granted may be read for longer."""
+        return Claim(self, request, then, renewed)
+
+    def keep(self, request: PreprocessedRequest) -> Keeping | None:
+        """Let the KV not expire while the request waits to be begun. None if it cannot be had, or not for longer."""
+        handle = self.check(request)
+        if isinstance(handle, Refusal):
+            return None
+        return kv_lease.keep(msgspec.to_builtins(handle), lambda endpoint: self.client(handle))
 
     def check(self, request: PreprocessedRequest) -> Handle | Refusal:
         """What can be said of a handle without asking."""
@@ -131,9 +142,11 @@ class Claims:
 class Claim:
     """One claim: a sink for the prefill worker's answer, and the open stream that says that we are reading."""
 
-    def __init__(self, claims: Claims, request: PreprocessedRequest, then: Then) -> None:
+    def __init__(self, claims: Claims, request: PreprocessedRequest, then: Then, renewed: Renewed | None) -> None:
         self._claims = claims
         self._then: Then | None = then
+        self._renewed = renewed
+        self._keeping: Keeping | None = None
         self._loop = asyncio.get_running_loop()
         self._call: Call | None = None
         self._grant: Grant | None = None
@@ -150,6 +163,7 @@ class Claim:
 
     def done(self) -> None:
         """The KV has been read: the prefill worker may forget it."""
+        self._stop_keeping()
         if self._call is not None:
             self._call.cancel("stop")
             self._call = None
@@ -163,6 +177,7 @@ class Claim:
             self._give_up()
 
     def _give_up(self) -> None:
+        self._stop_keeping()
         if self._grant is not None and self._call is not None:
             request = HandoffRequest("release", self._handle.id, claim_id=self._grant.claim_id)
             self._client.start(self._handle.instance_id, request, _Deaf(), Context())
@@ -201,10 +216,38 @@ class Claim:
         if self._then is None:  # cancelled, or too late
             self._give_up()
         else:
+            self._keep(self._grant, reply.remaining_s)
             self._answer(self._grant)
+
+    def _keep(self, grant: Grant, remaining_s: float) -> None:
+        """The engine may read it late: it has other requests, and needs blocks for this one."""
+        handle = grant.handle
+        if handle.lease_s > 0:
+            renewal = {"id": handle.id, "incarnation": handle.incarnation, "claim_id": grant.claim_id}
+            first_s = max(0.0, remaining_s - handle.lease_s * (1 - 1 / kv_lease.RENEWALS_PER_LEASE))
+            self._keeping = Keeping(
+                lambda: self._claims.client(handle),
+                handle.instance_id,
+                renewal,
+                handle.lease_s,
+                first_s,
+                self._kept_until,
+            )
+
+    def _kept_until(self, until: float) -> None:
+        if self._grant is not None:
+            self._grant.deadline = until - LEASE_MARGIN_S
+            if self._renewed is not None:
+                self._renewed(self._grant)
+
+    def _stop_keeping(self) -> None:
+        if self._keeping is not None:
+            self._keeping.stop()
+            self._keeping = None
 
     def on_end(self) -> None:
         """See `StreamSink`. The prefill worker's lease is over, or it has heard that we are done."""
+        self._stop_keeping()
         self._call = None
         self.on_error(StreamIncomplete("no answer"))
 

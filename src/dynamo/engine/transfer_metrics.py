@@ -19,6 +19,7 @@ class PrefillMetrics:
         held = metrics.gauge("kv_handles", "KV kept for decode workers, by state", ("state",), base=base)
         self._issued, self._claimed = held.labels("issued"), held.labels("claimed")
         self._ended = metrics.counter("kv_handles_ended_total", "How KV handles ended", ("end",), base=base)
+        self._renewed = metrics.counter("kv_lease_renewals_total", "Leases made longer", base=base).labels()
         self._refused = metrics.counter("kv_claims_refused_total", "Claims refused, by reason", ("reason",), base=base)
 
     def issued(self) -> None:
@@ -29,6 +30,10 @@ class PrefillMetrics:
         """A waiting one has a reader."""
         self._issued.value -= 1
         self._claimed.value += 1
+
+    def renewed(self) -> None:
+        """Somebody waits for one."""
+        self._renewed.value += 1
 
     def ended(self, how: str, *, claimed: bool) -> None:
         """One is gone."""

@@ -183,6 +183,8 @@ class EngineStream:
                 explain = self._answer.plan.explains_routing
                 self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
             self.route.ask()
+            if self.route.decision is None and self.remote is not None and self._request.prefill_result is not None:
+                self.remote.keep(self._request.prefill_result["disaggregated_params"])
 
     def _refuse(self, error: DynamoException) -> None:
         """There will be no answer."""
@@ -200,6 +202,8 @@ class EngineStream:
 
     def _send(self, instance_id: int) -> None:
         self.instance_id = instance_id
+        if self.remote is not None:
+            self.remote.hand_over()
         answer = self._answer
         self.dispatched_at = now = perf_counter()
         answer.metrics.route_seconds.observe(now - self._dispatch_at)
@@ -215,6 +219,8 @@ class EngineStream:
             self.context.kill()
             if self.remote is not None:
                 self.remote.cancel()
+                if self.remote.waits:
+                    self._give_up_handle()
             if self.route is not None:
                 self.route.cancel()
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import msgspec
 
 from dynamo.frontend.route import Route, name_rank, wanted_of
+from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.types import Decision
@@ -39,6 +40,9 @@ class PrefillPool(Protocol):
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
 
+    def keep(self, handle: dict[str, Any]) -> Keeping | None:
+        """Let the KV not expire before a decode worker has the request."""
+
     def give_back(self, handle: dict[str, Any]) -> None:
         """Tell the worker that nobody will fetch the KV."""
 
@@ -57,6 +61,7 @@ class RemotePrefill:
         "_done",
         "_early",
         "_failed",
+        "_keeping",
         "_pool",
         "_request",
         "began_at",
@@ -67,6 +72,7 @@ class RemotePrefill:
         "instance_id",
         "route",
         "took_s",
+        "waits",
     )
 
     def __init__(
@@ -89,6 +95,9 @@ class RemotePrefill:
         self.dp_rank: int | None = None
         self.handle: dict[str, Any] | None = None
         """Of the KV, until it is used."""
+        self.waits = False
+        """Whether the handle that was taken is no decode worker's yet."""
+        self._keeping: Keeping | None = None
         self._early: EngineOutput | None = None
         self.ended = False
         self.began_at = perf_counter()
@@ -128,8 +137,22 @@ class RemotePrefill:
         if (handle := self.take_handle()) is not None:
             self.give_back(handle)
 
+    def keep(self, handle: dict[str, Any]) -> None:
+        """The handle that was taken waits for a decode worker: its KV must be there when it gets one."""
+        if not self.waits:
+            self.waits = True
+            self._keeping = self._pool.keep(handle)
+
+    def hand_over(self) -> None:
+        """A decode worker sees to it now."""
+        self.waits = False
+        if self._keeping is not None:
+            self._keeping.stop()
+            self._keeping = None
+
     def give_back(self, handle: dict[str, Any]) -> None:
         """Nobody will use the handle that was taken."""
+        self.hand_over()
         self._pool.give_back(handle)
 
     # --- from the worker

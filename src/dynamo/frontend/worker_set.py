@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.llm import kv_lease
+from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
 from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import PreparationTimes, Preprocessor
@@ -320,6 +322,10 @@ class WorkerSet:
         """Send it; errors go to the sink."""
         assert self._client is not None
         return self._client.start(instance_id, request, sink, context)
+
+    def keep(self, handle: dict[str, Any]) -> Keeping | None:
+        """Let what a prefill worker keeps not expire while the request for it waits. None where that cannot be."""
+        return kv_lease.keep(handle, lambda endpoint: self._runtime.endpoint(endpoint).client())
 
     def give_back(self, handle: dict[str, Any]) -> None:
         """Tell a prefill worker that nobody will fetch what it keeps: it need not wait for the end of a lease."""

@@ -113,6 +113,7 @@ class Prefill:
                 self._lease_s,
                 cached_tokens=(details.cached_tokens or 0) if details is not None else 0,
                 kv_bytes=self._timing.bytes_per_token * len(request.token_ids),
+                lease_s=self._lease_s,
             )
         return True
 
@@ -184,20 +185,25 @@ class Decode:
             return
         handle = answer.handle
         seconds = self._timing.seconds(handle.num_tokens)
-        loop = asyncio.get_running_loop()
-        if loop.time() + seconds >= answer.deadline:
-            if takeover.claim is not None:
-                takeover.claim.cancel()
-                takeover.claim = None
-            self._lost(request_id, takeover, Refusal("late", "the transfer would take longer than the lease"))
-            return
         takeover.report = {
             "transport": TRANSPORT,
             "prefill_worker_id": handle.instance_id,
             "tokens": handle.num_tokens,
             "bytes": handle.kv_bytes,
         }
-        takeover.timer = loop.call_later(seconds, self._arrived, request_id, takeover, handle.cached_tokens, seconds)
+        loop = asyncio.get_running_loop()
+        takeover.timer = loop.call_later(seconds, self._read, request_id, takeover, answer, seconds)
+
+    def _read(self, request_id: str, takeover: _Takeover, grant: Grant, seconds: float) -> None:
+        """The transfer's time has passed. What was read after the lease may be another prompt's."""
+        if asyncio.get_running_loop().time() < grant.deadline:
+            self._arrived(request_id, takeover, grant.handle.cached_tokens, seconds)
+            return
+        if takeover.claim is not None:
+            takeover.claim.cancel()
+            takeover.claim = None
+        takeover.report = None
+        self._lost(request_id, takeover, Refusal("late", "the transfer took longer than the lease"))
 
     async def _meet(self, request_id: str, takeover: _Takeover, meeting: Bootstrap) -> None:
         tokens = len(takeover.request.token_ids)

@@ -73,7 +73,7 @@ def parser() -> OptionParser:
     p.option(pair, "--kv-transfer-dir", metavar="DIR", help="where shm keeps its files (unset: /dev/shm/dynamo-kv-UID)")
     p.option(
         pair, "--kv-lease", type=positive_int, default=30, metavar="S",
-        help="seconds for which a prompt's KV is kept until a decode worker fetches it",
+        help="seconds for which a prompt's KV is kept once nobody says any more that it is wanted",
     )  # fmt: skip
     return p
 

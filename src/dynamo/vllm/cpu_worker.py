@@ -14,10 +14,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from dynamo.vllm import spinning
 from dynamo.vllm.driver import SPIN_LESS_ENV
-from dynamo.vllm.kv_worker import KvRelease
+from dynamo.vllm.kv_worker import KvKeeping
 
 
-class SeedRepair(KvRelease):
+class SeedRepair(KvKeeping):
     """What `worker_extension_cls` names. vLLM adds it to its worker's bases, which have room for one such class only;
     for the seeds, loading the module is all it is for."""
 

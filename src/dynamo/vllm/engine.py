@@ -26,7 +26,7 @@ from dynamo.vllm.args import VllmOptions
 from dynamo.vllm.driver import SCRATCH_ENV, SPIN_LESS_ENV, Driver, DriverRequest, EngineLoad
 from dynamo.vllm.lora import Adapters
 from dynamo.vllm.roles import Decode, Prefill, Role, Whole
-from dynamo.vllm.transfer import KvReturn, count_transfers, describe
+from dynamo.vllm.transfer import KvUpkeep, count_transfers, describe
 from dynamo.vllm.transport import Transport, kv_bytes_per_token, layout_of
 from dynamo.vllm.vllm_metrics import prometheus_text
 
@@ -55,7 +55,7 @@ class VllmEngine:
         self._loads: dict[int, EngineLoad] = {}
         self._warned_priority = False
         self._role: Role = Whole(self)
-        self._returns: KvReturn | None = None
+        self._upkeep: KvUpkeep | None = None
         self.transport: Transport | None = None
 
     def bind_handoff(self, handoff: Ledger | Claims) -> None:
@@ -221,6 +221,10 @@ class VllmEngine:
         self._forget(request_id)
         self._callbacks.on_error(request_id, error)
 
+    def extend_read(self, params: dict[str, Any], deadline: float) -> None:
+        if self._upkeep is not None:
+            self._upkeep.extend_read(params, deadline)
+
     # -- beside requests -----------------------------------------------------------------------------------------
 
     def controls(self) -> dict[str, Any]:
@@ -259,17 +263,19 @@ class VllmEngine:
         if self.transport is None:
             return
         layout = layout_of(config, self.transport, vllm_version())
+        self._upkeep = KvUpkeep(self._running(), self.transport)
         if isinstance(self._role, Decode):
             self._role.claims.layout = layout
         elif isinstance(self._role, Prefill):
             self._role.layout = layout
             self._role.engine_id = str(config.kv_transfer_config.engine_id)
             self._role.bytes_per_token = kv_bytes_per_token(config)
-            self._returns = KvReturn(self._running(), self.transport)
+            self._role.renewable = self._upkeep.renewable
+            self._role.ledger.extend = self._upkeep.renew if self.transport.directory is None else None
 
     def _free_kv(self, params: Any, how: str) -> None:
-        if self._returns is not None:
-            self._returns.free(params, how)
+        if self._upkeep is not None:
+            self._upkeep.free(params, how)
 
     def _report_idle(self) -> None:
         """After the last request was aborted no step follows, so vLLM sends no numbers either."""
@@ -416,7 +422,7 @@ def _repair_seeds(args: Any) -> None:
 
     if not current_platform.is_cpu() or not vllm_version().startswith(SUPPORTED_CORE):
         if args.kv_transfer_config is not None and not args.worker_extension_cls:
-            args.worker_extension_cls = "dynamo.vllm.kv_worker.KvRelease"
+            args.worker_extension_cls = "dynamo.vllm.kv_worker.KvKeeping"
         return
     if args.kv_transfer_config is not None:  # an engine alone makes more tokens a second if it spins
         os.environ.setdefault(SPIN_LESS_ENV, "1")

@@ -1,6 +1,6 @@
 """How does KV pass between vLLM workers by NIXL, without a spinning thread and without a read that comes too late?
 
-vLLM's own pull connector (`NixlConnector`), changed in four places; loaded into vLLM's processes by
+vLLM's own pull connector (`NixlConnector`), changed in five places; loaded into vLLM's processes by
 `kv_connector_module_path`. Written against the versions of `dynamo.vllm.engine_core`:
 
 - NIXL's progress thread is off: it costs a core for each idle worker. A thread of ours polls every millisecond while
@@ -9,6 +9,9 @@ vLLM's own pull connector (`NixlConnector`), changed in four places; loaded into
 - The prefill side says until when the KV stays. The decode side does not begin a read after its deadline, and throws
   away one that ended after it: the blocks may be another prompt's by then. vLLM recomputes, as for any failed load.
 - KV that nobody will fetch can be given back before its lease ends.
+- Leases can be renewed by others than the engine that will read, as that engine may not have the request yet. vLLM's
+  own renewals, which such an engine sends once it has, give a whole lease and not two thirds of one. Either way the
+  reader goes by what it was told.
 """
 
 import os
@@ -124,6 +127,8 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._given_back: set[str] = set()
+        self._read_until: dict[tuple[str, str], float] = {}  # (their engine, its request) → monotonic time
+        self._lease_extension: int = self.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
         self._listening: _Listening | None = None
         if self.kv_transfer_config.kv_role == "kv_producer":
             self._listening = _Listening(self.nixl_wrapper)
@@ -147,13 +152,38 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
                 self._reqs_to_send.pop(request_id, None)
                 self._given_back.add(request_id)
 
+    def renew(self, request_ids: list[str]) -> list[float]:
+        """See `KvKeeping.dynamo_renew_kv`."""
+        return [self._renew(request_id, time.perf_counter()) for request_id in request_ids]
+
+    def _renew(self, request_id: str, now: float) -> float:
+        until: float | None = self._reqs_to_send.get(request_id)
+        if until is None:  # it may have ended in the step that is not over yet: its lease has not begun
+            return 0.0 if request_id in self._reqs_to_process else -1.0
+        until = max(until, now + self._lease_extension)
+        self._reqs_to_send[request_id] = until
+        return until - now
+
+    def extend_reads(self, deadlines: list[tuple[str, str, float]]) -> None:
+        """See `KvKeeping.dynamo_extend_reads`."""
+        now = time.monotonic()
+        self._read_until = {key: until for key, until in self._read_until.items() if until > now}
+        self._read_until |= {(engine, request): until for engine, request, until in deadlines}
+
+    def _is_late(self, meta: Any) -> bool:
+        remote = meta.remote
+        deadline: float | None = remote.blocks_expiry_time
+        if deadline is None:
+            return False
+        return time.monotonic() >= max(deadline, self._read_until.get((remote.engine_id, remote.request_id), 0.0))
+
     def _get_new_notifs(self) -> set[str]:
         read: set[str] = super()._get_new_notifs()
         given_back, self._given_back = self._given_back, set()
         return read | given_back
 
     def _read_blocks_for_req(self, req_id: str, meta: Any) -> None:
-        if _is_late(meta) and (meta.awaiting_kvs or any(meta.local_block_ids)):
+        if self._is_late(meta) and (meta.awaiting_kvs or any(meta.local_block_ids)):
             logger.warning("not reading the KV of request %s: its lease is over", req_id)
             self._handle_failed_transfer(req_id, None, self._recv_failures)
             return
@@ -163,15 +193,10 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
         done, failed = super()._pop_done_transfers(transfers)
         for req_id in done - failed:
             meta = self._recving_metadata.get(req_id)
-            if meta is not None and any(meta.local_block_ids) and _is_late(meta):
+            if meta is not None and any(meta.local_block_ids) and self._is_late(meta):
                 logger.warning("throwing away the KV of request %s: it was read after its lease", req_id)
                 self._handle_failed_transfer(req_id, None, failed)
         return done, failed
-
-
-def _is_late(meta: Any) -> bool:
-    deadline = meta.remote.blocks_expiry_time
-    return deadline is not None and time.monotonic() >= deadline
 
 
 class HeldNixlConnector(NixlPullConnector):  # type: ignore[misc]
@@ -187,6 +212,15 @@ class HeldNixlConnector(NixlPullConnector):  # type: ignore[misc]
         """See `_Worker.give_back`."""
         if self.connector_worker is not None:
             self.connector_worker.give_back(request_ids)
+
+    def renew(self, request_ids: list[str]) -> list[float] | None:
+        """See `KvKeeping.dynamo_renew_kv`."""
+        return self.connector_worker.renew(request_ids) if self.connector_worker is not None else None
+
+    def extend_reads(self, deadlines: list[tuple[str, str, float]]) -> None:
+        """See `KvKeeping.dynamo_extend_reads`."""
+        if self.connector_worker is not None:
+            self.connector_worker.extend_reads(deadlines)
 
 
 def _free_port(host: str) -> int:

@@ -37,6 +37,9 @@ class Inner(Protocol):
     def fail(self, request_id: str, error: Exception) -> None:
         """End a request that vLLM does not have (any more)."""
 
+    def extend_read(self, params: dict[str, Any], deadline: float) -> None:
+        """What these parameters of vLLM's say to read may be read until later."""
+
 
 class Role(Protocol):
     """See the module."""
@@ -82,12 +85,14 @@ class Prefill:
 
     def __init__(self, inner: Inner, ledger: Ledger, lease_s: float) -> None:
         self._inner = inner
-        self._ledger = ledger
+        self.ledger = ledger
         self._lease_s = lease_s
         self._kept: dict[str, PreprocessedRequest] = {}
         self.layout: Layout
         self.engine_id = ""
         self.bytes_per_token = 0
+        self.renewable = False
+        """Whether vLLM keeps KV for longer if it is asked to."""
 
     def adapt(self, request: PreprocessedRequest) -> PreprocessedRequest:
         if request.prefill_result is not None:
@@ -113,7 +118,7 @@ class Prefill:
             self.give_back(params)
             return True
         until = (params or {}).get(_DEADLINE)
-        output.disaggregated_params = self._ledger.issue(
+        output.disaggregated_params = self.ledger.issue(
             request,
             self.layout,
             self.engine_id,
@@ -121,13 +126,14 @@ class Prefill:
             self._lease_s if until is None else until - time.monotonic(),
             cached_tokens=_cached(output),
             kv_bytes=self.bytes_per_token * len(request.token_ids),
+            lease_s=self._lease_s if self.renewable else 0.0,
         )
         return True
 
     def give_back(self, params: Any) -> None:
         """Free KV that nobody was told of."""
         if params:
-            self._ledger.free(params, "released")
+            self.ledger.free(params, "released")
 
     def forget(self, request_id: str) -> None:
         self._kept.pop(request_id, None)
@@ -178,7 +184,12 @@ class Decode:
             _add(request.sampling_params, FIRST_TOKEN, token)
         takeover = _Takeover(request, token, time.monotonic())
         self._takeovers[request.request_id] = takeover
-        takeover.claim = self.claims.begin(original, lambda answer: self._answered(takeover, answer))
+        takeover.claim = self.claims.begin(original, lambda answer: self._answered(takeover, answer), self._renewed)
+
+    def _renewed(self, grant: Grant) -> None:
+        """The request waits for its turn in the engine: what it was told of its time is out of date."""
+        if grant.params:
+            self._inner.extend_read(grant.params, grant.deadline)
 
     def _answered(self, takeover: _Takeover, answer: Grant | Refusal) -> None:
         request = takeover.request
