@@ -115,8 +115,10 @@ async def test_what_routing_costs_is_measured_now_and_then(runtime, two):
         for i in range(2 * TIMED_EVERY + 1):
             Asked(router, prompt(1), f"r{i}")
         stats = router.stats
-        for each in (stats.block_hashing_ms, stats.seq_hashing_ms, stats.find_matches_ms, stats.scheduling_ms):
+        for each in (stats.find_matches_ms, stats.scheduling_ms, stats.total_ms):
             assert each.count == 3
+        for each in (stats.block_hashing_ms, stats.seq_hashing_ms):
+            assert each.count == 1
         assert stats.total_ms.sum >= stats.scheduling_ms.sum > stats.find_matches_ms.sum > 0
 
 
@@ -468,4 +470,16 @@ async def test_two_thousand_workers_join_and_leave_at_once(runtime):
         await eventually(lambda: workers(router) == [(2000, 0)], 30)
         for each in asked:
             each.ticket.free()
+        assert router.scheduler.load.idle
+
+
+async def test_a_token_that_is_none_deep_in_a_prompt_is_refused_and_leaves_nothing(runtime, two):
+    async with routing(runtime) as router:
+        known = list(range(1024))
+        await two[0].store(known)
+        await eventually(lambda: router.index.blocks(WorkerKey(1)) == {"device": 64})
+        Asked(router, known).ticket.free()  # the first is hashed whole, to see what that costs
+        asked = Asked(router, [*known[:700], 1 << 32, *known])
+        assert isinstance(asked.error, InvalidArgument)
+        assert router.ticket(asked.ticket.request.request_id) is None
         assert router.scheduler.load.idle

@@ -49,3 +49,38 @@ def test_what_it_keeps_is_bounded_and_what_is_used_stays(monkeypatch):
 def test_tokens_that_are_none_are_refused(token):
     with pytest.raises(InvalidArgument, match="token ids"):
         PromptHashes(16).of([1, token])
+
+
+def test_a_long_prompt_is_hashed_as_far_as_it_is_looked_at():
+    hashes_of, draw = PromptHashes(16), random.Random(2)
+    prompt = [draw.randrange(1000) for _ in range(5000)]
+    hashes = hashes_of.of(prompt)
+    assert len(hashes) == 312
+    assert len(hashes_of._young) == 1
+    assert hashes[40] == anew(prompt, 16)[40]
+    assert len(hashes_of._young) == 2
+    assert hashes[:100] == anew(prompt, 16)[:100]
+    assert len(hashes_of._young) == 4
+
+
+@given(st.lists(st.one_of(st.integers(-70, 70), st.slices(70)), max_size=5))
+def test_however_it_is_looked_at_it_is_the_same_as_a_list(looks):
+    prompt = list(range(16 * 66 + 3))
+    plain, hashes = anew(prompt, 16), PromptHashes(16).of(prompt)
+    for look in looks:
+        try:
+            expected = plain[look]
+        except IndexError:
+            with pytest.raises(IndexError):
+                hashes[look]
+        else:
+            assert hashes[look] == expected
+    assert list(hashes) == plain
+    assert list(reversed(hashes)) == plain[::-1]
+
+
+def test_a_token_that_is_none_is_refused_where_it_is_looked_at():
+    hashes = PromptHashes(16).of([*range(600), 1 << 32, *range(600)])
+    assert hashes[31]
+    with pytest.raises(InvalidArgument, match="token ids"):
+        hashes[40]

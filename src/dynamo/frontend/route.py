@@ -5,11 +5,13 @@ A `Route` is one prompt's account: asked for a worker, booked at it, closed at t
 
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.route_request import check_override
 from dynamo.router.ticket import Ticket
-from dynamo.router.types import Decision, RouteRequest
+from dynamo.router.types import Decision, RouteRequest, WorkerKey
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException
 
@@ -34,29 +36,18 @@ def name_rank(router: ModelRouter, request: PreprocessedRequest, decision: Decis
     return rank
 
 
-class Route:
+class Route(msgspec.Struct, eq=False):
     """One prompt's way. `go` is called with each decision, `fail` with a refusal; perhaps before `ask` returns."""
 
-    __slots__ = ("_explain", "_fail", "_go", "_pins", "_wanted", "queue_depth", "router", "ticket")
-
-    def __init__(
-        self,
-        router: ModelRouter,
-        wanted: RouteRequest,
-        go: Callable[[Decision], None],
-        fail: Callable[[DynamoException], None],
-        *,
-        explain: bool = False,
-    ) -> None:
-        self.router = router
-        self.ticket: Ticket | None = None
-        self.queue_depth = 0
-        """Requests that waited for a worker when this one came."""
-        self._wanted = wanted
-        self._pins = wanted.allowed
-        self._go = go
-        self._fail = fail
-        self._explain = explain
+    router: ModelRouter
+    wanted: RouteRequest
+    go: Callable[[Decision], None]
+    fail: Callable[[DynamoException], None]
+    explain: bool = False
+    ticket: Ticket | None = None
+    queue_depth: int = 0
+    """Requests that waited for a worker when this one came."""
+    _pins: frozenset[WorkerKey] | None = None
 
     @property
     def decision(self) -> Decision | None:
@@ -65,21 +56,22 @@ class Route:
 
     def ask(self) -> None:
         """Ask for a worker; again, where the last one could not be reached."""
-        router, wanted = self.router, self._wanted
-        if self.ticket is not None:
+        router, wanted = self.router, self.wanted
+        if self.ticket is None:
+            self._pins = wanted.allowed
+        else:
             self.ticket.free()
             self.ticket = None
             wanted.allowed = self._pins  # a session may have narrowed it to the worker that is gone
         self.queue_depth = router.queue.pending
-        ticket = router.route(wanted, self._decided, self._fail, explain=self._explain)
-        self.ticket = ticket
+        ticket = self.ticket = router.route(wanted, self._decided, self.fail, explain=self.explain)
         if ticket.decision is not None:
-            self._go(ticket.decision)
+            self.go(ticket.decision)
 
     def _decided(self, decision: Decision) -> None:
         """A decision that did not come at once: else the ticket is not ours yet, and `ask` goes on."""
         if self.ticket is not None:
-            self._go(decision)
+            self.go(decision)
 
     def first_token(self) -> None:
         """The worker has computed the prompt."""
@@ -87,7 +79,7 @@ class Route:
             self.ticket.first_token()
 
     def finish(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
-        """It ended in order."""
+        """It ended in order. One that made a single token need not have told of its first."""
         if self.ticket is not None:
             self.ticket.free(output_tokens, cached_tokens)
 

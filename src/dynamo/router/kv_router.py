@@ -360,13 +360,14 @@ class KvRouter:
     ) -> RouteRequest:
         if override is not None and not isinstance(override, RouterOverride):
             override = RouterOverride.parse(override)
+        stats = self.router.stats
         request = RouteRequest(
             request_id=request_id or "",
             token_count=len(token_ids),
             sequence_hashes=hash_prompt(
                 token_ids,
                 self.router.block_size,
-                self.router.stats,
+                stats if stats.is_timed() else None,
                 block_mm_infos=block_mm_infos,
                 lora_name=lora_name,
                 cache_namespace=cache_namespace,

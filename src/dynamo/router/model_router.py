@@ -32,7 +32,6 @@ from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
 from dynamo.router.ticket import Ticket
 from dynamo.router.tier_index import TierIndex
-from dynamo.router.timed_source import TimedSource
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
 from dynamo.router.worker_reports import WorkerReports
 from dynamo.runtime.component import Endpoint
@@ -79,17 +78,20 @@ class ModelRouter:
         prefill = card is not None and card.worker_type is WorkerType.Prefill
         selection = asked.router_prefill_policy if prefill else asked.router_decode_policy
         self.config = configure(asked, profile, selection)
+        if prefill:  # what a prefill worker computed is soon elsewhere [G8]
+            self.config = self.config.with_overrides(router_track_active_blocks=False)
         if unread := self.config.unread_settings():
             log.error("the policy %s of %s does not have: %s", self.config.router_policy, self.name, ", ".join(unread))
         expiry_s = env_number("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", self.config.active_request_expiry_secs)
         if expiry_s != self.config.active_request_expiry_secs:
             self.config = self.config.with_overrides(active_request_expiry_secs=expiry_s)
-        self.stats = RouterStats()
+        self._stats = RouterStats(self.block_size)
         self._hashes = PromptHashes(self.block_size)
+        self._eagle = card is not None and card.runtime_config.enable_eagle
         self.index: TierIndex | None = None
         self.guess: ApproximateIndex | None = None
-        source = self._make_source(keep_contents)
-        self.scheduler = KvScheduler(self.block_size, self.config, TimedSource(source, self.stats))
+        self._source = self._make_source(keep_contents)
+        self.scheduler = KvScheduler(self.block_size, self.config, self._source)
         refresh_s = env_number("DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS", 0.0)
         self.queue = RouterQueue(
             self.scheduler,
@@ -187,10 +189,11 @@ class ModelRouter:
         while True:
             await asyncio.sleep(TICK_S)
             now = self._loop.time()
+            self._stats.settle()
             self.reports.expire(now)
             gone = self.scheduler.expire(now, self._is_open)
             if gone:
-                self.stats.leaked_bookings += len(gone)
+                self._stats.leaked_bookings += len(gone)
                 for request_id in gone:
                     self._tickets.pop(request_id, None)
                 log.warning(
@@ -281,15 +284,14 @@ class ModelRouter:
 
         Raises InvalidArgument as `route_request`.
         """
-        eagle = self._card is not None and self._card.runtime_config.enable_eagle
         return route_request(
             request_id,
             request,
             self.block_size,
             self._workers,
             metadata=metadata,
-            is_eagle=eagle,
-            stats=self.stats,
+            is_eagle=self._eagle,
+            stats=self._stats,
             hashes_of=self._hashes,
             hashes=hashes,
         )
@@ -313,37 +315,47 @@ class ModelRouter:
         The error is WorkerUnavailable (nobody can take it), WorkerOverloaded (all are busy) or
         RouterQueueLimitExceeded (no room to wait, or waited too long).
         """
-        timed = self.stats.requests % TIMED_EVERY == 0
+        stats, now, request_id = self._stats, self._loop.time(), request.request_id
+        timed = stats.requests % TIMED_EVERY == 0
         start = perf_counter() if timed else 0.0
         if self._fleet is not None and self._fleet.stale:
             self._fleet.flush()
-        now, stats = self._loop.time(), self.stats
         stats.requests += 1
-        stats.input_sequence_tokens.observe(request.token_count)
-        if request.request_id in self._tickets or request.request_id in self.scheduler.load.bookings:
-            request.request_id = self._another_name(request.request_id)
+        stats.prompts.append(request.token_count)
+        if request_id in self._tickets or request_id in self.scheduler.load.bookings:
+            request_id = request.request_id = self._another_name(request_id)
         request.arrived_at = now
-        ticket = self._tickets[request.request_id] = Ticket(self, request, on_decision, on_error, expires)
-        if self.affinity is not None and request.session_id is not None:
+        ticket = self._tickets[request_id] = Ticket(self, request, on_decision, on_error, expires)
+        if request.session_id is not None and self.affinity is not None:
             self._keep_to_session(self.affinity, request, now)
-        try:
-            if not request.computed:  # it was admitted when its prompt was
+        if self.overload.on and not request.computed:  # one that is computed was admitted when its prompt was
+            try:
                 self.overload.check(request)
-        except DynamoException as e:
+            except DynamoException as e:
+                ticket._failed(e)
+                return ticket
+        begin = perf_counter() if timed else 0.0
+        explain = explain or log.isEnabledFor(logging.DEBUG)
+        try:
+            waiting = self.queue.route(request, now, ticket._decided, ticket._failed, explain)
+        except InvalidArgument as e:  # a token that is none, far into the prompt
             ticket._failed(e)
             return ticket
-        begin = perf_counter() if timed else 0.0
-        waiting = self.queue.route(
-            request, now, ticket._decided, ticket._failed, explain=explain or log.isEnabledFor(logging.DEBUG)
-        )
         if timed:
-            end = perf_counter()
-            stats.scheduling_ms.observe((end - begin) * 1000)
-            stats.total_ms.observe((end - start) * 1000)
+            self._note_times(request, now, perf_counter() - start, perf_counter() - begin)
         if waiting is not None:
             ticket._waiting = waiting
             self._arm()
         return ticket
+
+    def _note_times(self, request: RouteRequest, now: float, total_s: float, scheduling_s: float) -> None:
+        """Note what routing a request has cost, and what a look at who holds its prompt does."""
+        stats, look = self._stats, getattr(self._source, "groups", self._source.find)
+        stats.total_ms.observe(total_s * 1000)
+        stats.scheduling_ms.observe(scheduling_s * 1000)
+        start = perf_counter()
+        look(request.sequence_hashes, now)
+        stats.find_matches_ms.observe((perf_counter() - start) * 1000)
 
     def query(self, request: RouteRequest, *, explain: bool = False) -> Decision:
         """Where the request would go if it were routed now. Changes nothing. Raises WorkerUnavailable."""
@@ -395,8 +407,8 @@ class ModelRouter:
         return load.prefill_tokens[at] > SOFT_BATCHES * batch or self.overload.busy(at)
 
     def _decided(self, request: RouteRequest, decision: Decision) -> None:
-        self.stats.decided(decision, request.token_count, self.block_size)
-        if self.affinity is not None and request.session_id is not None:
+        self._stats.decisions.append((decision, request.token_count))
+        if request.session_id is not None and self.affinity is not None:
             if request.session_final:
                 self.affinity.end(request.session_id)
             else:
@@ -409,19 +421,21 @@ class ModelRouter:
 
     def _failed(self, request: RouteRequest) -> None:
         self._tickets.pop(request.request_id, None)
-        self.stats.errors += 1
+        self._stats.errors += 1
 
     # --- the life of a request
 
     def _first_token(self, ticket: Ticket) -> None:
         ticket.first_token_at = now = self._loop.time()
-        self.stats.time_to_first_token_seconds.observe(now - ticket.request.arrived_at)
+        self._stats.first_tokens.append(now - ticket.request.arrived_at)
         request_id = ticket.request.request_id
         self.scheduler.prefill_done(request_id, now)
-        booking = self.scheduler.load.bookings.get(request_id)
-        if self.sync is not None and booking is not None:
-            self.sync.prefill_done(booking)
-        self._pump()
+        if self.sync is not None:
+            booking = self.scheduler.load.bookings.get(request_id)
+            if booking is not None:
+                self.sync.prefill_done(booking)
+        if self.queue.pending:
+            self._pump()
 
     def _free(self, ticket: Ticket, output_tokens: int | None, cached_tokens: int | None) -> None:
         request_id = ticket.request.request_id
@@ -430,14 +444,18 @@ class ModelRouter:
         del self._tickets[request_id]
         now = self._loop.time()
         if output_tokens:
-            self.stats.output_sequence_tokens.observe(output_tokens)
-            if output_tokens > 1 and ticket.first_token_at is not None:
-                self.stats.inter_token_latency_seconds.observe((now - ticket.first_token_at) / (output_tokens - 1))
-        self.stats.worker_reused_tokens += cached_tokens or 0
+            between_s = None
+            if ticket.first_token_at is None and output_tokens == 1:
+                ticket.first_token_at = now
+                self._stats.first_tokens.append(now - ticket.request.arrived_at)
+            elif ticket.first_token_at is not None and output_tokens > 1:
+                between_s = (now - ticket.first_token_at) / (output_tokens - 1)
+            self._stats.ends.append((output_tokens, between_s, cached_tokens or 0))
         booking = self.scheduler.free(request_id, now, output_tokens)
         if self.sync is not None and booking is not None:
             self.sync.freed(booking)
-        self._pump()
+        if self.queue.pending:
+            self._pump()
 
     # --- the queue
 
@@ -463,6 +481,12 @@ class ModelRouter:
         self._arm()
 
     # --- what is known of it
+
+    @property
+    def stats(self) -> RouterStats:
+        """What it has counted until now."""
+        self._stats.settle()
+        return self._stats
 
     @property
     def endpoint_name(self) -> str:

@@ -23,6 +23,17 @@ class Overload:
         self.thresholds = thresholds or LoadThresholdConfig()
         self.refused = 0
 
+    @property
+    def thresholds(self) -> LoadThresholdConfig:
+        """What is in force; may be set."""
+        return self._thresholds
+
+    @thresholds.setter
+    def thresholds(self, thresholds: LoadThresholdConfig) -> None:
+        self._thresholds = thresholds
+        self.on = not thresholds.off
+        """Whether anybody can be too busy."""
+
     def busy(self, position: int) -> bool:
         """Whether this rank is busy."""
         thresholds, load = self.thresholds, self._scheduler.load
@@ -70,7 +81,7 @@ class Overload:
 
     def refusal(self, request: RouteRequest) -> WorkerOverloaded | None:
         """What `check` would raise, if not WorkerUnavailable, which this raises too. Counts nothing."""
-        if self.thresholds.off:
+        if not self.on:
             return None
         eligible = self._scheduler.eligible(request)
         positions = range(len(self._scheduler.load.workers)) if eligible is None else eligible

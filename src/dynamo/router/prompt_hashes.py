@@ -1,18 +1,20 @@
-"""Which hashes do a prompt's blocks have, if much of the prompt was hashed before?
+"""Which hashes do a prompt's blocks have, if much of the prompt was hashed before, or nobody asks for most of them?
 
-Chats resend their history, and many prompts begin alike. Hashes of blocks come in chains, so those of a chunk of
-tokens follow from its tokens and the hash before it: chunks that were seen are looked up, about ten times faster than
-hashed anew. A chunk is known by 128 bits of a fast hash; blocks by 64 of the same, so nothing gets less certain.
+Hashes of blocks come in chains, so a long prompt is hashed from its start and only as far as somebody looks: one that
+nobody holds, by one chunk of tokens. Chats resend their history, and many prompts begin alike. The hashes of a chunk
+follow from its tokens and the hash before it: chunks that were seen are looked up, about ten times faster than hashed
+anew. A chunk is known by 128 bits of a fast hash; blocks by 64 of the same, so nothing gets less certain.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from struct import Struct
 from time import perf_counter
+from typing import overload
 
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from dynamo.llm.block_hash import PAIR, SEED, hash_seed, sequence_hashes, token_bytes
+from dynamo.llm.block_hash import PAIR, SEED, hash_seed, token_bytes
 
 CHUNK_TOKENS = 512  # fewer: more lookups; more: more of a new turn is hashed anew
 MAX_CHUNKS = 4096  # of a generation: 2 M tokens; with the one before it 12 MB
@@ -25,58 +27,109 @@ class PromptHashes:
     """Hashes prompts for one block size. Keeps what it used last: two generations, the older one dropped whole."""
 
     def __init__(self, block_size: int) -> None:
-        self._block_bytes = block_size * _TOKEN_BYTES
-        self._chunk_bytes = max(8, CHUNK_TOKENS // block_size) * self._block_bytes
-        self._unpack_chunk = Struct(f"{self._block_bytes}s" * (self._chunk_bytes // self._block_bytes)).unpack
+        self.block_size = block_size
+        self.chunk_tokens = max(8, CHUNK_TOKENS // block_size) * block_size
+        self._unpacks = [
+            Struct(f"{block_size * _TOKEN_BYTES}s" * blocks).unpack_from
+            for blocks in range(self.chunk_tokens // block_size + 1)
+        ]
+        """By a number of blocks: what parts so many of them."""
         self._young: dict[Key, list[int]] = {}
         self._old: dict[Key, list[int]] = {}
 
     def of(
         self, token_ids: Sequence[int], lora_name: str | None = None, cache_namespace: str | None = None
-    ) -> list[int]:
-        """The sequence hashes of the full blocks. Raises InvalidArgument for a token that is not a u32."""
-        data = token_bytes(token_ids)
+    ) -> Sequence[int]:
+        """The sequence hashes of the full blocks. The tokens must not change while these are used.
+
+        Raises InvalidArgument for a token that is not a u32; in a prompt of several chunks, once it is looked so far.
+        """
         seed = hash_seed(lora_name, cache_namespace) if lora_name or cache_namespace else SEED
-        if len(data) < self._chunk_bytes:
-            return self._chain_short(data, seed, None)
-        hashes: list[int] = []
-        at, parent = 0, None
-        for at in range(self._chunk_bytes, len(data) + 1, self._chunk_bytes):
-            chunk = data[at - self._chunk_bytes : at]
-            key = (seed if parent is None else parent, xxh3_128_digest(chunk))
-            found = self._young.get(key)
-            if found is None:
-                found = self._old.get(key) or self._chain(chunk, seed, parent)
-                self._keep(key, found)
-            hashes += found
-            parent = found[-1]
-        if at < len(data):
-            hashes += self._chain_short(data[at:], seed, parent)
+        if len(token_ids) < self.chunk_tokens:
+            return self._chain(token_bytes(token_ids), len(token_ids) // self.block_size, seed, None)
+        hashes = LazyHashes(self, token_ids, seed)
+        hashes[0]  # of most prompts no more is looked at, and here a token that is none can still be refused
         return hashes
 
     def timed(
         self, token_ids: Sequence[int], lora_name: str | None = None, cache_namespace: str | None = None
     ) -> tuple[list[int], float]:
-        """The same, and the milliseconds it took."""
+        """All of the same, and the milliseconds it took."""
         start = perf_counter()
-        hashes = self.of(token_ids, lora_name, cache_namespace)
+        hashes = list(self.of(token_ids, lora_name, cache_namespace))
         return hashes, (perf_counter() - start) * 1e3
 
-    def _chain(self, chunk: bytes, seed: int, parent: int | None) -> list[int]:
-        """The sequence hashes of a whole chunk's blocks after `parent`."""
-        return sequence_hashes(list(map(xxh3_64_intdigest, self._unpack_chunk(chunk), repeat(seed))), parent)
+    def chunk(self, token_ids: Sequence[int], seed: int, parent: int | None) -> list[int]:
+        """The sequence hashes of up to a chunk of tokens after `parent`. Raises InvalidArgument."""
+        data = token_bytes(token_ids)
+        if len(token_ids) < self.chunk_tokens:
+            return self._chain(data, len(token_ids) // self.block_size, seed, parent)
+        key = (seed if parent is None else parent, xxh3_128_digest(data))
+        found = self._young.get(key)
+        if found is None:
+            found = self._old.get(key) or self._chain(data, self.chunk_tokens // self.block_size, seed, parent)
+            if len(self._young) >= MAX_CHUNKS:
+                self._old, self._young = self._young, {}
+            self._young[key] = found
+        return found
 
-    def _chain_short(self, data: bytes, seed: int, parent: int | None) -> list[int]:
-        """The same of fewer blocks: what follows the last whole chunk."""
-        step, digest, pack = self._block_bytes, xxh3_64_intdigest, PAIR.pack
+    def _chain(self, data: bytes, blocks: int, seed: int, parent: int | None) -> list[int]:
+        digest, pack = xxh3_64_intdigest, PAIR.pack
         hashes = []
-        for end in range(step, len(data) + 1, step):
-            local = digest(data[end - step : end], seed)
+        for local in map(digest, self._unpacks[blocks](data), repeat(seed)):
             parent = local if parent is None else digest(pack(parent, local), SEED)
             hashes.append(parent)
         return hashes
 
-    def _keep(self, key: Key, hashes: list[int]) -> None:
-        if len(self._young) >= MAX_CHUNKS:
-            self._old, self._young = self._young, {}
-        self._young[key] = hashes
+
+class LazyHashes(Sequence[int]):
+    """The sequence hashes of a prompt, hashed as far as they are looked at."""
+
+    __slots__ = ("_count", "_hashes_of", "_known", "_seed", "_token_ids")
+
+    def __init__(self, hashes_of: PromptHashes, token_ids: Sequence[int], seed: int) -> None:
+        self._hashes_of = hashes_of
+        self._token_ids = token_ids
+        self._seed = seed
+        self._count = len(token_ids) // hashes_of.block_size
+        self._known: list[int] = []
+
+    def _hash_to(self, end: int) -> None:
+        """Know at least so many."""
+        known, hashes_of = self._known, self._hashes_of
+        while len(known) < end:
+            at = len(known) * hashes_of.block_size
+            part = self._token_ids[at : at + hashes_of.chunk_tokens]
+            known += hashes_of.chunk(part, self._seed, known[-1] if known else None)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self._count)
+            self._hash_to(stop if step > 0 else start + 1)
+            return [self._known[i] for i in range(start, stop, step)]
+        known = self._known
+        if 0 <= index < len(known):
+            return known[index]
+        if not -self._count <= index < self._count:
+            raise IndexError(index)
+        index %= self._count
+        self._hash_to(index + 1)
+        return known[index]
+
+    def __iter__(self) -> Iterator[int]:
+        self._hash_to(self._count)
+        return iter(self._known)
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # as a list's

@@ -207,7 +207,7 @@ class RouterQueue:
     # --- coming in
 
     def route(
-        self, request: RouteRequest, now: float, on_decision: OnDecision, on_error: OnError, *, explain: bool = False
+        self, request: RouteRequest, now: float, on_decision: OnDecision, on_error: OnError, explain: bool = False
     ) -> Waiting | None:
         """Place a request now, or when a worker has room. Exactly one of the callbacks is called, perhaps before
         this returns, unless it is cancelled. With `on_decision` the request is booked.

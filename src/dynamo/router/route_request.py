@@ -30,22 +30,19 @@ def hash_prompt(
     is_eagle: bool | None = None,
     cache_namespace: str | None = None,
 ) -> list[int]:
-    """The sequence hashes of a prompt's full blocks. Raises InvalidArgument as `compute_block_hash_for_seq`."""
-    if stats is None or not stats.is_timed("hash"):
-        return sequence_hashes(
-            compute_block_hash_for_seq(token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace)
-        )
-    return _timed(stats, token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace)
+    """The sequence hashes of a prompt's full blocks. Notes in `stats`, if given, how long it takes.
 
-
-def _timed(stats: RouterStats, *what: Any) -> list[int]:
-    """Hash all anew, and note how long it takes."""
+    Raises InvalidArgument as `compute_block_hash_for_seq`.
+    """
     start = perf_counter()
-    local_hashes = compute_block_hash_for_seq(*what)
+    local_hashes = compute_block_hash_for_seq(
+        token_ids, block_size, block_mm_infos, lora_name, is_eagle, cache_namespace
+    )
     middle = perf_counter()
     hashes = sequence_hashes(local_hashes)
-    stats.block_hashing_ms.observe((middle - start) * 1000)
-    stats.seq_hashing_ms.observe((perf_counter() - middle) * 1000)
+    if stats is not None:
+        stats.block_hashing_ms.observe((middle - start) * 1000)
+        stats.seq_hashing_ms.observe((perf_counter() - middle) * 1000)
     return hashes
 
 
@@ -68,26 +65,22 @@ def route_request(
     Raises:
         InvalidArgument: an override that cannot be meant, or a rank without a worker where ranks are not alike.
     """
-    routing = request.routing
-    tokens = request.token_ids
-    if hashes is not None:
-        pass
-    elif hashes_of is None or is_eagle:
-        given = routing or _EMPTY
-        hashes = hash_prompt(
-            tokens, block_size, stats, lora_name=given.lora_name, is_eagle=is_eagle, cache_namespace=given.cache_salt
-        )
-    elif stats is not None and stats.is_timed("hash"):
-        given = routing or _EMPTY
-        hashes = _timed(stats, tokens, block_size, None, given.lora_name, None, given.cache_salt)
-    elif routing is None:
-        hashes = hashes_of.of(tokens)
-    else:
-        hashes = hashes_of.of(tokens, routing.lora_name, routing.cache_salt)
-    if routing is None:
-        if request.agent_context is None and request.router_config_override is None and not metadata:
-            return RouteRequest(request_id=request_id, token_count=len(tokens), sequence_hashes=hashes)
-        routing = _EMPTY
+    routing, tokens = request.routing or _EMPTY, request.token_ids
+    if hashes is None:
+        timed = stats is not None and stats.is_timed()
+        if hashes_of is not None and not (timed or is_eagle):
+            hashes = hashes_of.of(tokens, routing.lora_name, routing.cache_salt)
+        else:
+            hashes = hash_prompt(
+                tokens,
+                block_size,
+                stats if timed else None,
+                lora_name=routing.lora_name,
+                is_eagle=is_eagle,
+                cache_namespace=routing.cache_salt,
+            )
+    if request.routing is None and request.agent_context is None and not (metadata or request.router_config_override):
+        return RouteRequest(request_id, len(tokens), hashes)
     return RouteRequest(
         request_id=request_id,
         token_count=len(request.token_ids),

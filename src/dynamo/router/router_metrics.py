@@ -69,8 +69,8 @@ class RouterMetrics:
         ):
             self._show(name, text, histogram, (*base, *router_id, *more), names.name_prefix.COMPONENT)
         for name, text, histogram in (
-            (_ms.BLOCK_HASHING_MS, "Hashing a prompt's blocks, of every 64th", stats.block_hashing_ms),
-            (_ms.SEQ_HASHING_MS, "Chaining the hashes, of every 64th", stats.seq_hashing_ms),
+            (_ms.BLOCK_HASHING_MS, "Hashing a prompt's blocks, of every 512th", stats.block_hashing_ms),
+            (_ms.SEQ_HASHING_MS, "Chaining the hashes, of every 512th", stats.seq_hashing_ms),
             (_ms.INDEXER_FIND_MATCHES_MS, "Looking up who holds it, of every 64th", stats.find_matches_ms),
             (_ms.SCHEDULING_MS, "Choosing, lookup included, of every 64th", stats.scheduling_ms),
             (_ms.TOTAL_MS, "All of routing but the hashing, of every 64th", stats.total_ms),

@@ -313,8 +313,13 @@ class KvScheduler:
 
     def prefill_done(self, request_id: str, now: float) -> None:
         """The request made its first token. Unknown ids and later calls are ignored."""
-        sent = self._sent.get(request_id)
-        if sent is not None and sent.first_token_at is None:
+        if request_id in self._sent:
+            self._learn_prefill(request_id, now)
+        self.load.prefill_done(request_id, now)
+
+    def _learn_prefill(self, request_id: str, now: float) -> None:
+        sent = self._sent[request_id]
+        if sent.first_token_at is None:
             sent.first_token_at = now
             if sent.computes:
                 self.policy.prefilled(
@@ -327,7 +332,6 @@ class KvScheduler:
                         now - sent.at,
                     )
                 )
-        self.load.prefill_done(request_id, now)
 
     def output_block(self, request_id: str, decay_fraction: float | None = None) -> None:
         """The request generated one more block of tokens [K30]. See `ActiveLoad.output_block`."""
@@ -337,22 +341,23 @@ class KvScheduler:
     def free(self, request_id: str, now: float | None = None, output_tokens: int | None = None) -> Booking | None:
         """The request ended, however it did. Unknown ids are ignored, so that every path may call this.
 
-        `output_tokens`, of a request that ended in order at `now`, tell the policy how fast the worker decodes.
+        `output_tokens`, of a request that ended in order at `now`, tell the policy how fast the worker decodes. Of one
+        that made a single token `prefill_done` need not be called.
         """
-        sent = self._sent.pop(request_id, None)
-        if sent is not None and now is not None and output_tokens and sent.first_token_at is not None:
-            worker = self.load.bookings[request_id].worker
-            at = self.load.position[worker]
-            self.policy.decoded(
-                Decoded(
-                    worker,
-                    output_tokens,
-                    now - sent.first_token_at,
-                    self.load.requests[at],
-                    self.load.decode_blocks[at],
-                )
-            )
-        return self.load.free(request_id)
+        if request_id in self._sent:
+            if now is not None and output_tokens:
+                self._learn_end(request_id, now, output_tokens)
+            del self._sent[request_id]
+        return self.load.free(request_id, now if output_tokens == 1 else None)
+
+    def _learn_end(self, request_id: str, now: float, output_tokens: int) -> None:
+        first_token_at, load = self._sent[request_id].first_token_at, self.load
+        if first_token_at is not None:
+            worker = load.bookings[request_id].worker
+            at, seconds = load.position[worker], now - first_token_at
+            self.policy.decoded(Decoded(worker, output_tokens, seconds, load.requests[at], load.decode_blocks[at]))
+        elif output_tokens == 1:
+            self._learn_prefill(request_id, now)
 
     def expire(self, now: float, alive: Callable[[str], bool] | None = None) -> list[str]:
         """Drop bookings that nobody freed within the configured time; returns their ids, which are worth a log line.

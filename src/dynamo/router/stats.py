@@ -1,4 +1,8 @@
-"""What has a router counted? Plain numbers, for whoever shows them (facts rows O15, O21 to O25, O33)."""
+"""What has a router counted? Plain numbers, for whoever shows them (facts rows O15, O21 to O25, O33).
+
+Requests leave their numbers in lists. `settle` sorts them into the counts, many at a time, before anybody looks: in
+the middle of other work each would cost three times as much.
+"""
 
 from dynamo.router.types import Decision
 from dynamo.runtime.buckets import buckets_from_env
@@ -6,14 +10,19 @@ from dynamo.runtime.instruments import Histogram
 
 RATE_BUCKETS = tuple(i / 20 for i in range(21))
 BLOCK_BUCKETS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
-TIMED_EVERY = 64  # requests; looking at the clock for each would cost a tenth of what is measured, hashing anew half
+TIMED_EVERY = 64  # requests; looking at the clock for each would cost a tenth of what is measured
+HASHING_TIMED_EVERY = 512  # for that a prompt is hashed whole, which else nobody may ask for
 OVERHEAD_MS_BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 50.0)
 
 
 class RouterStats:
-    """One model's numbers. Histograms in the unit of their name; the rest are counts since the start."""
+    """One model's numbers, of all requests up to the last `settle`; histograms in the unit of their name.
 
-    def __init__(self) -> None:
+    To be settled every second or so.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
         self.requests = 0
         """Requests that wanted a worker."""
         self.requests_started = 0
@@ -35,30 +44,58 @@ class RouterStats:
         self.non_max_overlap_selections = 0
         """Choices of a worker that held less than another."""
         self.overlap_blocks_lost = Histogram(BLOCK_BUCKETS)
-        # Of every 64th request:
+        # Of every 512th request:
         self.block_hashing_ms = Histogram(OVERHEAD_MS_BUCKETS)
         self.seq_hashing_ms = Histogram(OVERHEAD_MS_BUCKETS)
+        # Of every 64th:
         self.find_matches_ms = Histogram(OVERHEAD_MS_BUCKETS)
         self.scheduling_ms = Histogram(OVERHEAD_MS_BUCKETS)
         self.total_ms = Histogram(OVERHEAD_MS_BUCKETS)
-        self._until_timed = {"hash": 1, "find": 1}
+        self._until_timed = 1
+        # What requests have left.
+        self.prompts: list[int] = []
+        """Tokens of each prompt that wanted a worker."""
+        self.decisions: list[tuple[Decision, int]] = []
+        """Each request that was sent, and its prompt's tokens."""
+        self.first_tokens: list[float] = []
+        """Seconds to each first token."""
+        self.ends: list[tuple[int, float | None, int]] = []
+        """Of each that ended in order: tokens made, seconds between two where there are, prompt tokens that the
+        worker said it had."""
 
-    def is_timed(self, what: str) -> bool:
-        """Whether it is time to look at the clock again."""
-        left = self._until_timed[what] = self._until_timed[what] - 1
-        if left:
+    def is_timed(self) -> bool:
+        """Whether it is time to look at the clock while hashing."""
+        self._until_timed -= 1
+        if self._until_timed:
             return False
-        self._until_timed[what] = TIMED_EVERY
+        self._until_timed = HASHING_TIMED_EVERY
         return True
 
-    def decided(self, decision: Decision, prompt_tokens: int, block_size: int) -> None:
-        """A request is sent."""
-        self.requests_started += 1
+    def settle(self) -> None:
+        """Count what requests have left."""
+        prompts, self.prompts = self.prompts, []
+        for tokens in prompts:
+            self.input_sequence_tokens.observe(tokens)
+        decisions, self.decisions = self.decisions, []
+        self.requests_started += len(decisions)
+        for decision, tokens in decisions:
+            self._count_cached(decision, tokens)
+        first_tokens, self.first_tokens = self.first_tokens, []
+        for seconds in first_tokens:
+            self.time_to_first_token_seconds.observe(seconds)
+        ends, self.ends = self.ends, []
+        for output_tokens, between_s, reused_tokens in ends:
+            self.output_sequence_tokens.observe(output_tokens)
+            if between_s is not None:
+                self.inter_token_latency_seconds.observe(between_s)
+            self.worker_reused_tokens += reused_tokens
+
+    def _count_cached(self, decision: Decision, prompt_tokens: int) -> None:
         self.kv_hit_rate.observe(decision.hit_rate)
         held = decision.overlap.total
         best = max(decision.best_overlap_blocks, held)
-        self.best_eligible_cached_tokens += min(best * block_size, prompt_tokens)
-        self.selected_cached_tokens += min(held * block_size, prompt_tokens)
+        self.best_eligible_cached_tokens += min(best * self._block_size, prompt_tokens)
+        self.selected_cached_tokens += min(held * self._block_size, prompt_tokens)
         if best > held:
             self.non_max_overlap_selections += 1
             self.overlap_blocks_lost.observe(best - held)

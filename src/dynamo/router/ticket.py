@@ -2,32 +2,31 @@
 
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from dynamo.router.queue import OnDecision, OnError, Waiting
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.errors import DynamoException
 
 if TYPE_CHECKING:
     from dynamo.router.model_router import ModelRouter
+else:
+    ModelRouter = object  # the types of a struct's fields are looked up
 
 
-class Ticket:
+class Ticket(msgspec.Struct, eq=False):
     """One request on its way: in the queue, at a worker, or over. All calls may be made at any time, and repeated."""
 
-    __slots__ = ("_on_decision", "_on_error", "_router", "_waiting", "decision", "expires", "first_token_at", "request")
-
-    def __init__(
-        self, router: "ModelRouter", request: RouteRequest, on_decision: OnDecision, on_error: OnError, expires: bool
-    ) -> None:
-        self._router = router
-        self._on_decision: OnDecision | None = on_decision
-        self._on_error: OnError | None = on_error
-        self._waiting: Waiting | None = None
-        self.request = request
-        self.expires = expires
-        """Whether its owner may forget it: then it ends by itself after `active_request_expiry_secs`."""
-        self.decision: Decision | None = None
-        """Where it was sent; None while it is not."""
-        self.first_token_at: float | None = None
+    _router: ModelRouter
+    request: RouteRequest
+    _on_decision: OnDecision | None
+    _on_error: OnError | None
+    expires: bool
+    """Whether its owner may forget it: then it ends by itself after `active_request_expiry_secs`."""
+    decision: Decision | None = None
+    """Where it was sent; None while it is not."""
+    first_token_at: float | None = None
+    _waiting: Waiting | None = None
 
     def cancel(self) -> None:
         """Nobody wants it any more: no callback follows, and nothing stays booked."""
@@ -45,14 +44,17 @@ class Ticket:
         self._router.scheduler.output_block(self.request.request_id)
 
     def free(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
-        """It ended, however it did. `output_tokens` of one that ended in order, `cached_tokens` as the worker said."""
+        """It ended, however it did. `output_tokens` of one that ended in order, `cached_tokens` as the worker said.
+
+        One that made a single token need not have told of its first.
+        """
         self._router._free(self, output_tokens, cached_tokens)
 
     def _decided(self, decision: Decision) -> None:
         self.decision = decision
         self._router._decided(self.request, decision)
         tell = self._on_decision
-        self._forget()
+        self._on_decision = self._on_error = self._waiting = None
         if tell is not None:
             tell(decision)
 
