@@ -12,14 +12,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aiohttp import web
 from msgspec import UNSET
 
 from dynamo.frontend.args import Limits
 from dynamo.frontend.bodies import CachedTokens, Usage
 from dynamo.frontend.errors import error_answer
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
-from dynamo.frontend.server import HttpConnection, Sent
 from dynamo.llm.output import TextDelta
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import Cancelled, ConnectionTimeout, DynamoException
@@ -49,16 +48,14 @@ class Answer(ABC):
 
     def __init__(
         self,
-        request: web.BaseRequest,
+        request: Request,
         plan: AnswerPlan,
         meter: RequestMeter,
         metrics: FrontendMetrics,
         limits: Limits,
     ) -> None:
-        connection = request.protocol
-        assert isinstance(connection, HttpConnection)
         self.request = request
-        self.connection = connection
+        self.connection = request.connection
         self.plan = plan
         self.meter = meter
         self.metrics = metrics

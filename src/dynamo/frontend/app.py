@@ -4,25 +4,23 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
-from typing import cast
 from urllib.parse import unquote
-
-from aiohttp import web
 
 from dynamo.frontend import headers
 from dynamo.frontend.args import Limits
 from dynamo.frontend.errors import RequestRefused, error_answer
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.routes_admin import AdminRoutes
 from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes
 from dynamo.frontend.routes_system import SystemRoutes
-from dynamo.frontend.server import HttpConnection, Sent, answer
+from dynamo.frontend.server import answer
 from dynamo.runtime.errors import DynamoException
 
 log = logging.getLogger(__name__)
 
-Handler = Callable[[web.BaseRequest], Awaitable[Sent]]
+Handler = Callable[[Request], Awaitable[Sent]]
 
 
 def paths(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -79,16 +77,18 @@ class App:
         self._in_flight = 0
         self._idle: asyncio.Event | None = None  # only while somebody waits for it
 
-    async def __call__(self, request: web.BaseRequest) -> Sent:
-        connection = cast("HttpConnection", request.protocol)
+    async def __call__(self, request: Request) -> Sent:
+        connection = request.connection
         connection.request_id = None
         self._in_flight += 1
         try:
+            if request.refusal is not None:
+                raise request.refusal
             return await self._handler(request)(request)
         except DynamoException as e:
             return self._refuse(request, e)
         except Exception as e:
-            log.exception("request %s failed", connection.request_id or request.rel_url.raw_path)
+            log.exception("request %s failed", connection.request_id or request.path)
             return self._refuse(request, e)
         finally:
             self._in_flight -= 1
@@ -107,8 +107,8 @@ class App:
             return False
         return True
 
-    def _handler(self, request: web.BaseRequest) -> Handler:
-        path = request.rel_url.raw_path
+    def _handler(self, request: Request) -> Handler:
+        path = request.path
         handler = self._inference.get(path)
         if handler is not None:
             if request.method != "POST":
@@ -136,23 +136,23 @@ class App:
         if not model:
             return None
 
-        async def handle(request: web.BaseRequest) -> Sent:
+        async def handle(request: Request) -> Sent:
             return await self._models.one(request, model)
 
         return handle
 
-    def _wrong_method(self, request: web.BaseRequest, allow: str) -> RequestRefused:
+    def _wrong_method(self, request: Request, allow: str) -> RequestRefused:
         return RequestRefused(
-            405, f"Method not allowed: {request.method} {request.rel_url.raw_path[:200]}; use {allow}", allow=allow
+            405, f"Method not allowed: {request.method} {request.path[:200]}; use {allow}", allow=allow
         )
 
-    def _refuse(self, request: web.BaseRequest, error: Exception) -> Sent:
+    def _refuse(self, request: Request, error: Exception) -> Sent:
         """The one place where an error becomes an answer."""
-        connection = cast("HttpConnection", request.protocol)
+        connection = request.connection
         described = error_answer(error, self._limits.overload_status)
         if described.error_type != "cancelled":  # the answer counted the client's leaving when it left
             self._metrics.failure(described.failure_class, described.reason)
-        request_id = connection.request_id or headers.request_id(headers.relevant(request.headers.items()))
+        request_id = connection.request_id or headers.request_id(headers.relevant(request.headers))
         return answer(
             request,
             described.status,

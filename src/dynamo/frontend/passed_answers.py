@@ -9,12 +9,12 @@ from time import perf_counter
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend import sse
 from dynamo.frontend.args import Limits
 from dynamo.frontend.chunk_fold import ChunkFold
-from dynamo.frontend.server import Sent, answer, head_bytes, sent
+from dynamo.frontend.http1 import Request, Sent, sent
+from dynamo.frontend.server import answer, head_bytes
 from dynamo.llm.protocols.passthrough import Headers, OpenAIHead
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import StreamIncomplete
@@ -27,7 +27,7 @@ _PRINTABLE = re.compile(r"[\t\x20-\x7e]*")  # what a header may hold that comes 
 class Output:
     """What is written to the client: one whole answer, or a head and pieces."""
 
-    def __init__(self, request: web.BaseRequest, context: Context) -> None:
+    def __init__(self, request: Request, context: Context) -> None:
         self.request = request
         self.own_headers = (("x-request-id", context.id()),)
         self.chunked = request.version >= (1, 1)

@@ -7,19 +7,18 @@ goes to the client. The two forms of such workers are those of `dynamo.llm.proto
 import asyncio
 import logging
 from time import perf_counter
-from typing import Any, cast
+from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend import headers
 from dynamo.frontend.args import Limits
 from dynamo.frontend.engine_stream import MAX_ATTEMPTS
 from dynamo.frontend.errors import error_answer
+from dynamo.frontend.http1 import HttpConnection, Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
 from dynamo.frontend.passed_answers import BytesForm, EventsForm, Form, OneAnswerForm, Output
 from dynamo.frontend.route import Route, wanted_of
-from dynamo.frontend.server import HttpConnection, Sent
 from dynamo.frontend.stream_answer import STALLED_CLIENT_S
 from dynamo.frontend.text_prompt import Asked, prompt_tokens
 from dynamo.frontend.watchdog import Watchdog
@@ -74,7 +73,7 @@ class PassThrough:
         self._watchdog = watchdog
 
     async def answer(
-        self, request: web.BaseRequest, received_at: float, body: bytes, asked: Asked, workers: WorkerSet, *, chat: bool
+        self, request: Request, received_at: float, body: bytes, asked: Asked, workers: WorkerSet, *, chat: bool
     ) -> Sent:
         """Measure the request from its entry to its end, whatever the end is."""
         series = self._metrics.model(asked.model)
@@ -83,9 +82,9 @@ class PassThrough:
         passing: Passing | None = None
         error_type = "cancelled"  # what it is if nothing below says otherwise: the task was cancelled
         try:
-            found = headers.relevant(request.headers.items(), self._limits.metadata_header)
+            found = headers.relevant(request.headers, self._limits.metadata_header)
             context = headers.make_context(found, self._limits.metadata_header)
-            connection = cast("HttpConnection", request.protocol)
+            connection = request.connection
             connection.request_id = context.id()
             # What a router has to know: where it wants to go, and as much as can be told of its prompt.
             wish = PreprocessedRequest(asked.model, [], routing=headers.routing_pins(found) if found else None)
@@ -137,9 +136,7 @@ class Passing:
 
     path = CHAT_PATH
 
-    def __init__(
-        self, request: web.BaseRequest, parts: _Parts, wish: PreprocessedRequest, body: bytes, asked: Asked
-    ) -> None:
+    def __init__(self, request: Request, parts: _Parts, wish: PreprocessedRequest, body: bytes, asked: Asked) -> None:
         self._request = request
         self._parts = parts
         self._wish = wish
@@ -333,11 +330,11 @@ class Passing:
             self.done.set_exception(outcome)
 
 
-def passed_on(request: web.BaseRequest) -> Headers:
+def passed_on(request: Request) -> Headers:
     """The client's headers that are meant for the end of the way."""
     return [
-        (str(name), value)  # aiohttp has a string class of its own for names
-        for name, value in request.headers.items()
+        (name, value)
+        for name, value in request.headers
         if name.lower() not in _NOT_PASSED_ON and not name.lower().startswith("x-dynamo-")
     ]
 

@@ -7,12 +7,11 @@ nothing counted. A gateway sends the request later, pinned to the worker, with `
 from collections.abc import Sequence
 from typing import Any
 
-from aiohttp import web
-
 from dynamo.frontend import sse
 from dynamo.frontend.answer import AnswerPlan
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.route import wanted_of
-from dynamo.frontend.server import Sent, answer
+from dynamo.frontend.server import answer
 from dynamo.frontend.worker_set import WorkerSet
 from dynamo.llm.output import TextDelta
 from dynamo.llm.preprocessor import Prepared
@@ -29,7 +28,7 @@ def only_asks(annotations: Sequence[str]) -> bool:
 
 
 def answer_query(
-    request: web.BaseRequest,
+    request: Request,
     plan: AnswerPlan,
     workers: WorkerSet,
     prepared: Sequence[Prepared],

@@ -3,17 +3,14 @@
 from typing import Any
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend.bodies import BusyThreshold, BusyThresholds, Status
 from dynamo.frontend.errors import model_not_found
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.models import ModelRegistry
-from dynamo.frontend.server import Sent, answer, read_body
+from dynamo.frontend.server import answer
 from dynamo.router.config import LoadThresholdConfig
 from dynamo.runtime.errors import InvalidArgument
-
-MAX_BODY_BYTES = 1 << 16  # a model's name and three numbers
-
 
 _NAMES = LoadThresholdConfig.__struct_fields__
 
@@ -26,7 +23,7 @@ class AdminRoutes:
         self._router_mode = router_mode
         self._warnings = warnings
 
-    async def busy_threshold(self, request: web.BaseRequest) -> Sent:
+    async def busy_threshold(self, request: Request) -> Sent:
         """GET: the thresholds of all models. POST: change a model's; what is left out or null stays as it is.
 
         Raises:
@@ -37,7 +34,7 @@ class AdminRoutes:
             every = BusyThresholds([self._of(model.name) for model in self._models.all()])
             return answer(request, 200, msgspec.json.encode(every))
         try:
-            asked = msgspec.json.decode(await read_body(request, MAX_BODY_BYTES), type=BusyThreshold)
+            asked = msgspec.json.decode(request.body, type=BusyThreshold)
         except (msgspec.DecodeError, UnicodeDecodeError) as e:
             raise InvalidArgument(f"Validation: {e}") from None
         changes = {name: value for name in _NAMES if (value := getattr(asked, name)) is not None}
@@ -61,7 +58,7 @@ class AdminRoutes:
     def _of(self, name: str) -> BusyThreshold:
         return BusyThreshold(name, **self._models.thresholds(name))
 
-    async def status(self, request: web.BaseRequest) -> Sent:
+    async def status(self, request: Request) -> Sent:
         """GET /status: of every model, its workers and how its requests are routed; and what is amiss."""
         warnings = list(self._warnings)
         models: dict[str, list[dict[str, Any]]] = {}

@@ -1,11 +1,11 @@
 """Which models are there, and is one ready?"""
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend.errors import model_not_found
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.models import ModelRegistry
-from dynamo.frontend.server import Sent, answer
+from dynamo.frontend.server import answer
 
 _READY = "/ready"
 
@@ -16,12 +16,12 @@ class ModelRoutes:
     def __init__(self, models: ModelRegistry) -> None:
         self._models = models
 
-    async def list_models(self, request: web.BaseRequest) -> Sent:
+    async def list_models(self, request: Request) -> Sent:
         """GET /v1/models: those that can answer now."""
         data = [model.describe() for model in self._models.ready()]
         return answer(request, 200, msgspec.json.encode({"object": "list", "data": data}))
 
-    async def one(self, request: web.BaseRequest, name: str) -> Sent:
+    async def one(self, request: Request, name: str) -> Sent:
         """GET /v1/models/{id}, or /v1/models/{id}/ready where no model has that whole name.
 
         Raises:

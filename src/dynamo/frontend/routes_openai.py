@@ -8,21 +8,19 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import cast
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend import headers
 from dynamo.frontend.answer import Answer, AnswerPlan
 from dynamo.frontend.args import Limits
 from dynamo.frontend.engine_stream import EngineStream
 from dynamo.frontend.errors import RequestRefused, error_answer, model_not_found
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics, RequestMeter
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.passthrough import PassThrough, peek
 from dynamo.frontend.query_only import answer_query, only_asks
-from dynamo.frontend.server import HttpConnection, Sent, read_body
 from dynamo.frontend.stream_answer import StreamAnswer
 from dynamo.frontend.unary_answer import UnaryAnswer
 from dynamo.frontend.watchdog import Watchdog
@@ -66,18 +64,18 @@ class OpenAIRoutes:
         self._passthrough = PassThrough(metrics, limits, watchdog)
         self._records_spans = configure_tracing()
 
-    async def chat(self, request: web.BaseRequest) -> Sent:
+    async def chat(self, request: Request) -> Sent:
         """POST /v1/chat/completions."""
         return await self._handle(request, ModelType.Chat, decode_chat)
 
-    async def completions(self, request: web.BaseRequest) -> Sent:
+    async def completions(self, request: Request) -> Sent:
         """POST /v1/completions."""
         return await self._handle(request, ModelType.Completions, decode_completion)
 
-    async def _handle(self, request: web.BaseRequest, kind: ModelType, decode: Decode) -> Sent:
+    async def _handle(self, request: Request, kind: ModelType, decode: Decode) -> Sent:
         received_at = perf_counter()
         check_json_type(request)
-        body = await read_body(request, self._limits.body_limit_bytes)
+        body = request.body
         workers = None
         if self._models.any_takes_text and (asked := peek(body)) is not None:
             workers = self._ready_workers(asked.model, kind)
@@ -96,7 +94,7 @@ class OpenAIRoutes:
 
     async def _answer(
         self,
-        request: web.BaseRequest,
+        request: Request,
         received_at: float,
         body: ChatCompletionRequest | CompletionRequest,
         workers: WorkerSet | None = None,
@@ -115,9 +113,9 @@ class OpenAIRoutes:
                 raise model_not_found(body.model)
             if workers is None:
                 workers = model.choose(ModelType.Chat if is_chat else ModelType.Completions)
-            found = headers.relevant(request.headers.items(), self._limits.metadata_header)
+            found = headers.relevant(request.headers, self._limits.metadata_header)
             context = headers.make_context(found, self._limits.metadata_header)
-            cast("HttpConnection", request.protocol).request_id = context.id()
+            request.connection.request_id = context.id()
             if self._records_spans:
                 span = context.record_span("http-request")
                 span.set_attribute("model", body.model)
@@ -268,9 +266,9 @@ def _annotations(
     return tuple(facts)
 
 
-def check_json_type(request: web.BaseRequest) -> None:
+def check_json_type(request: Request) -> None:
     """Refuse a body that says it is something else than JSON. Raises RequestRefused with 415."""
-    kind = request.headers.get("Content-Type")
+    kind = request.header("content-type")
     if kind is None:
         return
     kind = kind.partition(";")[0].strip().lower()

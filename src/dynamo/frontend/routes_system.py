@@ -5,12 +5,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from aiohttp import web
 
 from dynamo.frontend.args import Limits
+from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.models import ModelRegistry
-from dynamo.frontend.server import Sent, answer
+from dynamo.frontend.server import answer
 from dynamo.runtime.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class SystemRoutes:
 
         return describe(self._path_of, self._limits.overload_status, admin_api=self._limits.admin_api)
 
-    async def health(self, request: web.BaseRequest) -> Sent:
+    async def health(self, request: Request) -> Sent:
         """GET /health: 200 also without workers, so that the frontend may start first; 503 once it is leaving."""
         body: dict[str, Any] = {"status": "healthy"}
         if self.draining:
@@ -50,18 +50,18 @@ class SystemRoutes:
         body["instances"] = [instances[key] for key in sorted(instances)]
         return answer(request, 503 if self.draining else 200, msgspec.json.encode(body))
 
-    async def live(self, request: web.BaseRequest) -> Sent:
+    async def live(self, request: Request) -> Sent:
         """GET /live: 200 as long as the process answers."""
         return answer(request, 200, b'{"status":"live","message":"Service is live"}')
 
-    async def metrics(self, request: web.BaseRequest) -> Sent:
+    async def metrics(self, request: Request) -> Sent:
         """GET /metrics."""
         return answer(request, 200, self._metrics.render(), CONTENT_TYPE)
 
-    async def openapi(self, request: web.BaseRequest) -> Sent:
+    async def openapi(self, request: Request) -> Sent:
         """GET /openapi.json."""
         return answer(request, 200, self._description.document)
 
-    async def docs(self, request: web.BaseRequest) -> Sent:
+    async def docs(self, request: Request) -> Sent:
         """GET /docs: the same for people."""
         return answer(request, 200, self._description.page, "text/html; charset=utf-8")

@@ -9,6 +9,7 @@ import msgspec
 
 from dynamo.frontend.app import App, paths
 from dynamo.frontend.args import FrontendConfig, Limits
+from dynamo.frontend.http1 import HttpServer
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.models import ModelRegistry, NamespaceFilter
 from dynamo.frontend.router_series import RouterSeries
@@ -16,7 +17,6 @@ from dynamo.frontend.routes_admin import AdminRoutes
 from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes, load_template
 from dynamo.frontend.routes_system import SystemRoutes
-from dynamo.frontend.server import HttpServer
 from dynamo.frontend.watchdog import Watchdog
 from dynamo.router.options import options_without_effect
 from dynamo.runtime.distributed import DistributedRuntime
@@ -82,7 +82,7 @@ class FrontendService:
             OSError: the address cannot be bound, or a TLS file cannot be used (ssl.SSLError is one).
         """
         loop = asyncio.get_running_loop()
-        self._http = HttpServer(self._app)
+        self._http = HttpServer(self._app, self._limits.body_limit_bytes)
         self._listening = await loop.create_server(
             self._http,
             self._config.http_host,
@@ -131,7 +131,6 @@ class FrontendService:
         if self._listening is not None:
             self._listening.close()
         if self._http is not None:
-            self._http.pre_shutdown()  # or idle connections would be waited for
             await self._http.shutdown(LAST_WORDS_S)
         self._watchdog.close()
         self._monitor.close()

@@ -9,14 +9,13 @@ leaves as one event a choice when the socket drains.
 from time import perf_counter
 from typing import Any
 
-from aiohttp import web
-
 from dynamo.frontend import sse
 from dynamo.frontend.answer import Answer, AnswerPlan
 from dynamo.frontend.args import Limits
 from dynamo.frontend.fold import Fold
+from dynamo.frontend.http1 import Request, sent
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
-from dynamo.frontend.server import head_bytes, sent
+from dynamo.frontend.server import head_bytes
 from dynamo.llm.output import TextDelta
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import DynamoException
@@ -29,7 +28,7 @@ class StreamAnswer(Answer):
 
     def __init__(
         self,
-        request: web.BaseRequest,
+        request: Request,
         plan: AnswerPlan,
         meter: RequestMeter,
         metrics: FrontendMetrics,

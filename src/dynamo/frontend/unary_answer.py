@@ -5,7 +5,6 @@ The pieces of every choice are kept and joined at the end; the answer leaves in 
 
 from typing import Any
 
-from aiohttp import web
 from msgspec import UNSET
 
 from dynamo.frontend import sse
@@ -13,6 +12,7 @@ from dynamo.frontend.answer import Answer, AnswerPlan
 from dynamo.frontend.args import Limits
 from dynamo.frontend.bodies import ChatChoice, ChatCompletion, ChatMessage, Completion, TextChoice
 from dynamo.frontend.fold import Fold, whole_calls
+from dynamo.frontend.http1 import Request
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
 from dynamo.frontend.server import answer
 from dynamo.llm.output import TextDelta
@@ -25,7 +25,7 @@ class UnaryAnswer(Answer):
 
     def __init__(
         self,
-        request: web.BaseRequest,
+        request: Request,
         plan: AnswerPlan,
         meter: RequestMeter,
         metrics: FrontendMetrics,

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Types of content part that are text, and the key that holds it."""
+_PLAIN_ROLES = frozenset(("system", "user", "assistant"))
 
 
 def shape_messages(
@@ -32,10 +33,17 @@ def shape_messages(
     - `developer` becomes `system` for a template that does not know it; system messages are then merged into one at
       the start.
     """
+    if content == "string" and all(map(_is_plain, messages)):
+        return [dict(message) for message in messages]
     shaped = [_shape(dict(message), content, f"messages[{i}]") for i, message in enumerate(messages)]
     if not knows_developer and any(message.get("role") == "developer" for message in shaped):
         return _merge_system(shaped)
     return shaped
+
+
+def _is_plain(message: Mapping[str, Any]) -> bool:
+    """Whether it is a role and a text and no more, as most are."""
+    return len(message) == 2 and isinstance(message.get("content"), str) and message.get("role") in _PLAIN_ROLES
 
 
 def _shape(message: dict[str, Any], content: ContentFormat, at: str) -> dict[str, Any]:

@@ -67,8 +67,20 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
+_DICT_ATTRIBUTES = frozenset(dir(dict))
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """`message.role` means the attribute first and the key then; for a dict which of them it is can be told at once."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
@@ -215,8 +227,10 @@ def _run(chosen: _Compiled, names: dict[str, Any]) -> str:
 
 
 def _joined_by_deadline(pieces: Iterator[str]) -> str:
+    made = list(islice(pieces, _CLOCK_EVERY))
+    if len(made) < _CLOCK_EVERY:
+        return "".join(made)
     deadline = time.monotonic() + RENDER_LIMIT_S
-    made: list[str] = []
     while batch := list(islice(pieces, _CLOCK_EVERY)):
         made += batch
         if len(batch) == _CLOCK_EVERY and time.monotonic() > deadline:

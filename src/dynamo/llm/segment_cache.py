@@ -253,16 +253,37 @@ class SegmentCache:
         return self._left_alone % _LEARN_ONE_IN != 0
 
     def _learn(self, words: set[str], level: Generations, before: str) -> dict[str, Ids]:
-        """Ids of words that are not in the young generation, each encoded alone."""
+        """Ids of words that are not in the young generation."""
         old = level.old
         learned = {word: ids for word in words if (ids := old.get(word)) is not None}
-        unknown = [word for word in words if word not in learned]
-        if unknown:
-            encoded = self._encode_pieces([before + word for word in unknown])
-            learned.update(zip(unknown, map(tuple, encoded), strict=True))
+        unknown = {word: self._pieces_of(before + word) for word in words if word not in learned}
+        ids_of = self._encode_apart({piece for pieces in unknown.values() for piece in pieces})
+        for word, pieces in unknown.items():
+            learned[word] = tuple(chain.from_iterable(map(ids_of.__getitem__, pieces)))
         with self._lock:
             level.put_all(learned, _INT_BYTES)
         return learned
+
+    def _pieces_of(self, word: str) -> list[str]:
+        """A word without the special tokens that hang on it, as on the first and the last of a chat's message."""
+        specials = self._cuts.specials
+        if specials is None or specials.search(word) is None:
+            return [word]
+        return [piece for piece in specials.split(word) if piece]
+
+    def _encode_apart(self, pieces: set[str]) -> dict[str, Ids]:
+        """Ids of pieces as they stand; those that are new are encoded in one call."""
+        found: dict[str, Ids] = {}
+        for piece in pieces:
+            ids = self._spaced.get(piece[1:]) if piece.startswith(" ") else self._others.get(piece)
+            if ids is not None:
+                found[piece] = ids
+        new = [piece for piece in pieces if piece not in found]
+        if new:
+            found.update(zip(new, map(tuple, self._encode_pieces(new)), strict=True))
+            with self._lock:
+                self._others.put_all({piece: found[piece] for piece in new if not piece.startswith(" ")}, _INT_BYTES)
+        return found
 
     def _encode_and_part(self, text: str, words: list[str], before_chars: int) -> list[Ids] | None:
         """Encode the text at once and give each word its ids; None if that cannot be told.

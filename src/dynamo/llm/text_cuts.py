@@ -39,11 +39,13 @@ class Cuts:
 
     `anywhere` finds the end of a part: the cut is at the *end* of its match. `words` matches the empty string at
     every cut that needs no look at special tokens. With `plain_spaces` every space after a solid character is one.
+    `specials`, if any, matches special tokens that may be cut off on both sides.
     """
 
     anywhere: "re.Pattern[str]"
     words: "re.Pattern[str] | None"
     plain_spaces: bool = False
+    specials: "re.Pattern[str] | None" = None
 
 
 def _parting_tokens(specs: Sequence[AddedTokenSpec]) -> list[str]:
@@ -90,12 +92,14 @@ def make_cuts(specs: Sequence[AddedTokenSpec], split: Places, special_part: bool
     ):
         kinds.append(rf"(?<=\n)(?=[{_LETTERS}])")
     words = re.compile("|".join(kinds)) if kinds else None
-    first_found = [spec for spec in specs if not spec.normalized]
-    if special_part:
-        kinds += map(re.escape, _parting_tokens(first_found))
+    parting = _parting_tokens([spec for spec in specs if not spec.normalized]) if special_part else []
+    kinds += map(re.escape, parting)
     if not kinds:
         return None
-    return Cuts(re.compile("|".join(kinds)), words, plain_spaces=spaces and not swallowing)
+    swallow_before = {spec.content for spec in specs if spec.lstrip}
+    apart = "|".join(re.escape(token) for token in parting if token not in swallow_before)
+    specials = re.compile(f"({apart})") if apart else None
+    return Cuts(re.compile("|".join(kinds)), words, plain_spaces=spaces and not swallowing, specials=specials)
 
 
 def split_places(pre_tokenizer: Mapping[str, Any] | None) -> Places:

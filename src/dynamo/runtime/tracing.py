@@ -53,12 +53,12 @@ class TraceContext(NamedTuple):
 
 def new_trace_id() -> str:
     """32 random hex digits, not all zero."""
-    return f"{_random.getrandbits(128) or 1:032x}"
+    return (_random.getrandbits(128) or 1).to_bytes(16).hex()  # half the price of formatting the number
 
 
 def new_span_id() -> str:
     """16 random hex digits, not all zero."""
-    return f"{_random.getrandbits(64) or 1:016x}"
+    return (_random.getrandbits(64) or 1).to_bytes(8).hex()
 
 
 def new_trace() -> TraceContext:

@@ -255,19 +255,22 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, di
         """A schema that the output must have beside what these fields ask for."""
         return None
 
-    @cached_property
+    @property
     def guided(self) -> GuidedDecoding | None:
         """What constrains the output, if anything does [M11]. Raises InvalidArgument if two things do."""
-        schema = self.forced_schema
         if (
-            schema is None
-            and self.response_format is None
+            self.response_format is None
             and self.guided_json is None
             and self.guided_regex is None
             and self.guided_choice is None
             and self.guided_grammar is None
+            and self.forced_schema is None
         ):
-            return None  # as nearly always
+            return None  # as nearly always, and a property that keeps its value takes a lock to find that out
+        return self._guided
+
+    @cached_property
+    def _guided(self) -> GuidedDecoding | None:
         return guided_decoding(
             response_format=self.response_format,
             json=self.guided_json,
@@ -276,7 +279,7 @@ class CommonRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, di
             grammar=self.guided_grammar,
             backend=self.guided_decoding_backend,
             whitespace_pattern=self.guided_whitespace_pattern,
-            tool_schema=schema,
+            tool_schema=self.forced_schema,
         )
 
     def _check_sampling(self) -> None:
