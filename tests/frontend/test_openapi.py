@@ -30,6 +30,7 @@ async def test_every_route_is_described(served: Served) -> None:
         "/metrics",
         "/status",
         "/busy_threshold",
+        "/conditional_disagg",
     }
     chat = document["components"]["schemas"]["ChatCompletionRequest"]
     assert chat["required"] == ["model", "messages"]

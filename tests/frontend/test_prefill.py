@@ -6,11 +6,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from dynamo.frontend.engine_stream import computed_elsewhere
 from dynamo.frontend.service import FrontendService
 from dynamo.llm.model_card import WorkerType
 from dynamo.llm.tokenizer import Tokenizer
-from dynamo.router.types import RouterOverride
 from tests.frontend.front_door import (
     CHAT,
     COMPLETIONS,
@@ -155,12 +153,6 @@ async def test_a_prompt_whose_prefill_is_lost_is_computed_by_the_decode_worker(s
     assert decoding.request.prefill_result is None
     decoding.answer("whole")
     assert (await wire.read()).json()["choices"][0]["message"]["content"] == "whole"
-
-
-def test_a_clients_own_words_to_the_router_hold_for_the_decode_worker_too() -> None:
-    asked = computed_elsewhere(RouterOverride(router_temperature=0.5))
-    assert asked == RouterOverride(router_temperature=0.5, assume_kv_reuse=False, track_prefill_tokens=False)
-    assert computed_elsewhere(None) == RouterOverride(assume_kv_reuse=False, track_prefill_tokens=False)
 
 
 async def test_without_prefill_workers_the_decode_workers_do_it_all(split: Split) -> None:

@@ -80,6 +80,14 @@ async def test_the_policy_decides_where_both_pools_can(runtime):
         assert two.decide(tokens=prompt(7, 2)).cause == "short"
 
 
+async def test_a_prompt_whose_prefill_worker_is_named_goes_there(runtime):
+    async with pair(runtime, **LONG) as two:
+        here, there = two.requests(tokens=prompt(7, 2))
+        there.allowed = frozenset(two.prefill.scheduler.load.workers)
+        split = two.split.decide(here, there)
+        assert (split.remote, split.cause) == (True, "asked")
+
+
 async def test_settings_can_be_exchanged(runtime):
     async with pair(runtime, **LONG) as two:
         fields = SplitSettings(eff_isl_threshold=1000).fields()

@@ -73,7 +73,10 @@ class App:
         }
 
         self._pages["/status"] = admin.status
-        self._settings: dict[str, Handler] = {"/busy_threshold": admin.busy_threshold} if limits.admin_api else {}
+        self._settings: dict[str, Handler] = {}
+        if limits.admin_api:
+            self._settings["/busy_threshold"] = admin.busy_threshold
+            self._settings["/conditional_disagg"] = admin.conditional_disagg
         self._in_flight = 0
         self._idle: asyncio.Event | None = None  # only while somebody waits for it
 

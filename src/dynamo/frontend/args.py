@@ -209,7 +209,7 @@ def parser() -> OptionParser:
         type=_count,
         help="times a request may move to another worker; only 0 in this version",
     )
-    add_router_options(p)
+    add_router_options(p, splits=True)
     other = p.add_argument_group("other")
     p.option(
         other, "-i", "--interactive", env="DYN_INTERACTIVE", default=False, type=bool, help="see dynamo run in=text"
@@ -238,7 +238,7 @@ def parse(argv: Sequence[str] | None = None) -> FrontendConfig:
     if given.pop("interactive"):
         p.error("--interactive: the terminal chat is `dynamo run MODEL in=text`")
     try:
-        given["router"] = router = router_config(given, RouterMode(given["router_mode"]))
+        given["router"] = router = router_config(given, RouterMode(given["router_mode"]), splits=True)
     except ValueError as e:
         p.error(str(e))
     given["router_mode"] = router.mode.value

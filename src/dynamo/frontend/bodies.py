@@ -10,6 +10,7 @@ import msgspec
 
 from dynamo.llm.logprobs import ChatLogprobs, CompletionLogprobs
 from dynamo.llm.protocols.tools import ToolCallDelta
+from dynamo.router.split_settings import PREFIX, SplitSettings
 
 FinishWord = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -212,6 +213,23 @@ class BusyThresholds(msgspec.Struct):
     """Those of all models."""
 
     thresholds: list[BusyThreshold]
+
+
+class ConditionalDisagg(SplitSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which prompts of a model go to prefill workers; in a request, what is to change. See `dynamo.router.split`."""
+
+    model: str
+    enabled: bool | msgspec.UnsetType = msgspec.UNSET
+
+    def changes(self) -> dict[str, Any]:
+        """What is to change, by its name in `KvRouterConfig`."""
+        return self.fields() | ({} if self.enabled is msgspec.UNSET else {f"{PREFIX}enabled": self.enabled})
+
+
+class ConditionalDisaggs(msgspec.Struct):
+    """Those of all models."""
+
+    settings: list[ConditionalDisagg]
 
 
 class Status(msgspec.Struct):

@@ -18,11 +18,22 @@ from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, give_seed
 from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
 from dynamo.llm.output import ChoiceDecoder
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
+from dynamo.router.computed_elsewhere import computed_elsewhere
 from dynamo.router.model_router import ModelRouter
-from dynamo.router.types import Decision, RouterOverride
+from dynamo.router.model_split import ModelSplit
+from dynamo.router.transfer_time import TransferTime
+from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import CannotConnect, DynamoException, EngineShutdown, StreamIncomplete, Unknown
+from dynamo.runtime.errors import (
+    CannotConnect,
+    DynamoException,
+    EngineShutdown,
+    RouterQueueLimitExceeded,
+    StreamIncomplete,
+    Unknown,
+    WorkerOverloaded,
+)
 from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
@@ -38,6 +49,10 @@ class Workers(Protocol):
 
     router: ModelRouter | None
     """Who says where, in its own time; None: `choose` does, at once."""
+    split: ModelSplit | None
+    """Who says which prompts the prefill workers get; None: all."""
+    transfer: TransferTime
+    """How long KV takes from them, learnt from answers."""
 
     @property
     def prefill(self) -> PrefillPool | None:
@@ -74,6 +89,7 @@ class EngineStream:
         "_dispatch_at",
         "_request",
         "_unfinished",
+        "_wanted",
         "_workers",
         "context",
         "dispatched_at",
@@ -84,6 +100,7 @@ class EngineStream:
         "prompt_tokens",
         "remote",
         "route",
+        "split",
     )
 
     def __init__(
@@ -110,6 +127,9 @@ class EngineStream:
         """Its place at a worker or in the queue, where a router keeps account."""
         self.remote: RemotePrefill | None = None
         """Its time at a prefill worker, if it had one."""
+        self.split: dict[str, Any] | None = None
+        """Why it was, or was not, sent to a prefill worker; where the client asks."""
+        self._wanted: RouteRequest | None = None
         self._computing = True  # until the worker's first token
         self._blocks: OutputBlocks | None = None
         self._dispatch_at = self.dispatched_at = 0.0
@@ -119,17 +139,32 @@ class EngineStream:
     # --- to the worker
 
     def dispatch(self) -> None:
-        """Send the prompt, to a prefill worker first where there are some. Raises what says that it cannot be sent."""
+        """Send the prompt, to a prefill worker first if one is to compute it. Raises what says that it cannot be."""
         pool = self._workers.prefill
         if pool is None or self.remote is not None:
             self._dispatch()
+            return
+        remote = RemotePrefill(pool, self._request, self.context, self._prefilled, self._not_prefilled, self.flush)
+        split = self._workers.split
+        if split is None or self._travels(split, remote):
+            self._prefill(remote)
         else:
-            self._prefill(pool)
+            self._dispatch()
 
-    def _prefill(self, pool: PrefillPool) -> None:
+    def _travels(self, split: ModelSplit, remote: RemotePrefill) -> bool:
+        """Whether a prefill worker is to compute the prompt, which is hashed here, and here only."""
+        answer = self._answer
+        here = self._wanted = wanted_of(split.decode, self._request, self.context)
+        found = split.decide(here, remote.wanted(split.prefill, here.sequence_hashes))
+        where = "prefill" if found.remote else "decode"
+        answer.metrics.splits.labels(split.decode.name, where, split.policy, found.cause).value += 1
+        if answer.plan.explains_routing:
+            self.split = split.explain(found)
+        return found.remote
+
+    def _prefill(self, remote: RemotePrefill) -> None:
         give_seed(self._request)
         answer = self._answer
-        remote = RemotePrefill(pool, self._request, self.context, self._prefilled, self._not_prefilled, self.flush)
         self.remote = remote
         answer.dispatched_at = answer.active_at = perf_counter()
         try:
@@ -164,8 +199,10 @@ class EngineStream:
         """Then the decode worker computes the prompt, too: the client sees latency only."""
         if self.ended or self._answer.closed:
             return
-        self._answer.metrics.prefills.labels("lost").value += 1
-        log.warning("request %s is computed by a decode worker alone: %s", self.context.id(), error)
+        shed = isinstance(error, WorkerOverloaded | RouterQueueLimitExceeded)
+        self._answer.metrics.prefills.labels("shed" if shed else "lost").value += 1
+        level = logging.INFO if shed else logging.WARNING
+        log.log(level, "request %s is computed by a decode worker alone: %s", self.context.id(), error)
         self._dispatch_again()
 
     def _dispatch(self) -> None:
@@ -177,13 +214,13 @@ class EngineStream:
             self._send(self._workers.choose(self._request))
         else:
             if self.route is None:
-                wanted = wanted_of(router, self._request, self.context)
+                wanted = self._wanted or wanted_of(router, self._request, self.context)
                 if self._request.prefill_result is not None:
-                    wanted.override = computed_elsewhere(wanted.override)
+                    computed_elsewhere(wanted)
                 explain = self._answer.plan.explains_routing
                 self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
             self.route.ask()
-            if self.route.decision is None and self.remote is not None and self._request.prefill_result is not None:
+            if self.remote is not None and self.route.decision is None and self._request.prefill_result is not None:
                 self.remote.keep(self._request.prefill_result["disaggregated_params"])
 
     def _refuse(self, error: DynamoException) -> None:
@@ -251,7 +288,11 @@ class EngineStream:
             answer.meter.tokens(now, choice.last_at, delta.token_count)
             if self._computing and self.route is not None:
                 self._computing = False
-                self.route.first_token()
+                if delta.finish_reason is None or delta.token_count > 1 or self._unfinished > 1:
+                    # Else the end comes with it, which says enough at half the cost.
+                    self.route.first_token()
+                if output.engine_data is not None:
+                    self._workers.transfer.see(output.engine_data)
             choice.last_at = now
             if self._blocks is not None:
                 self._blocks.add(delta.token_count)
@@ -330,6 +371,8 @@ class EngineStream:
     def explain_routing(self) -> dict[str, Any]:
         """Why the prompt went where it did."""
         explained = _explained(self.route, self.instance_id) | {"attempts": self._attempts}
+        if self.split is not None:
+            explained["split"] = self.split
         if self.remote is not None:
             explained["prefill"] = _explained(self.remote.route, self.remote.instance_id)
         return explained
@@ -367,11 +410,6 @@ class EngineStream:
             ttft_s,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
         )
-
-
-def computed_elsewhere(own: RouterOverride | None) -> RouterOverride:
-    """How a decode worker is booked for a prompt that another has computed [G8]; the rest is as the client asked."""
-    return msgspec.structs.replace(own or RouterOverride(), assume_kv_reuse=False, track_prefill_tokens=False)
 
 
 def _explained(route: Route | None, instance_id: int | None) -> dict[str, Any]:

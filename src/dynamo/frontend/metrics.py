@@ -67,6 +67,9 @@ class FrontendMetrics:
         self.cache_known = self._counter("tokenizer_cache_cached_tokens_total", "Prompt tokens looked up", *model)
         self.cache_new = self._counter("tokenizer_cache_uncached_tokens_total", "Prompt tokens computed", *model)
         self.prefills = self._counter("remote_prefills_total", "Prompts sent to prefill workers, by outcome", "outcome")
+        self.splits = self._counter(
+            "prompt_splits_total", "Prompts by who was to compute them, and why", "model", "pool", "policy", "cause"
+        )
         self.images = self._fixed("images_per_request", "Images of a prompt", IMAGES, *model)
         self.model_ready = self._gauge("model_ready", "Whether a request for the model can be routed", *model)
         self.model_facts = {name: self._gauge(f"model_{name}", text, *model) for name, text in MODEL_FACTS.items()}

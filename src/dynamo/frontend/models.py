@@ -17,7 +17,9 @@ from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.metrics import MODEL_FACTS, FrontendMetrics
 from dynamo.frontend.worker_set import SetKey, WorkerSet, set_key
 from dynamo.llm.model_card import CARD_PREFIX, CardKey, ModelDeploymentCard, ModelInput, ModelType
-from dynamo.router.config import LoadThresholdConfig, RouterConfig
+from dynamo.router.config import KvRouterConfig, LoadThresholdConfig, RouterConfig
+from dynamo.router.queue_profile import effective
+from dynamo.router.split_settings import check_split
 from dynamo.runtime.discovery import Delete
 from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import InvalidArgument, WorkerUnavailable
@@ -66,7 +68,7 @@ class Model:
     def refresh(self) -> None:
         """Look anew at which sets can answer which kind of request."""
         for one in self.sets.values():
-            one.prefill = next((s for s in self.sets.values() if s.can_prefill and one.takes_over_from(s)), None)
+            one.pair(next((s for s in self.sets.values() if s.can_prefill and one.takes_over_from(s)), None))
         able = [s for s in self.sets.values() if s.serves and s.ready and not self._missing(s)]
         self._ready = {kind: [s for s in able if kind in s.card.types] for kind in SERVED_KINDS}
 
@@ -144,6 +146,9 @@ class ModelRegistry:
         self._listeners: list[Callable[[], None]] = []
         self._any_takes_text = False
         self._thresholds: dict[str, LoadThresholdConfig] = {}
+        self._splits: dict[str, KvRouterConfig] = {}
+        self._split_at_start = effective(routing)
+        check_split(self._split_at_start)
         self._leaving: set[asyncio.Task[None]] = set()
 
     def on_change(self, callback: Callable[[], None]) -> None:
@@ -170,6 +175,17 @@ class ModelRegistry:
         for worker_set in model.sets.values() if model is not None else ():
             if worker_set.router is not None:
                 worker_set.router.thresholds = thresholds
+
+    def split(self, name: str) -> KvRouterConfig:
+        """The settings that say which prompts of this model go to prefill workers."""
+        return self._splits.get(name, self._split_at_start)
+
+    def set_split(self, name: str, config: KvRouterConfig) -> None:
+        """From now on they are these, for workers that come later too."""
+        self._splits[name] = config
+        model = self._models.get(name)
+        for worker_set in model.sets.values() if model is not None else ():
+            worker_set.set_split(config)
 
     def ready(self) -> list[Model]:
         """The models that can answer, in order of appearance."""
@@ -228,6 +244,7 @@ class ModelRegistry:
         worker_set = WorkerSet(
             self._runtime, key, card, routing, self._min_workers, self._changed, self._metrics.text.times
         )
+        worker_set.set_split(self.split(card.display_name))
         self._sets[key] = worker_set
         log.info("model %r at %s", card.display_name, key.path)
         for decode, prefill in ((worker_set, other) for other in self._sets.values()):

@@ -17,6 +17,8 @@ from dynamo.frontend.bodies import (
     ChatCompletion,
     ChatCompletionChunk,
     Completion,
+    ConditionalDisagg,
+    ConditionalDisaggs,
     ErrorBody,
     Health,
     Live,
@@ -30,7 +32,7 @@ from dynamo.llm.protocols.completions import CompletionRequest
 
 _ANSWERS = (
     ErrorBody, ChatCompletion, ChatCompletionChunk, Completion, ModelObject, ModelList, Readiness, Health, Live,
-    BusyThreshold, BusyThresholds, Status,
+    BusyThreshold, BusyThresholds, ConditionalDisagg, ConditionalDisaggs, Status,
 )  # fmt: skip
 
 # What is checked after decoding, so not in the structs: field -> more schema.
@@ -78,7 +80,8 @@ def describe(paths: Mapping[str, str], overload_status: int, *, admin_api: bool 
     """Describe the service. `paths` are the paths of the routes by their short names (`dynamo.frontend.app.paths`)."""
     found = document(paths, overload_status)
     if not admin_api:
-        del found["paths"]["/busy_threshold"]
+        for path in ("/busy_threshold", "/conditional_disagg"):
+            del found["paths"][path]
     return Description(msgspec.json.encode(found), page(found))
 
 
@@ -160,6 +163,14 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
         "requestBody": {"required": True, "content": _json("BusyThreshold")},
         "responses": _responses("The thresholds now", (400, 404, 405, 408, 413), _json("BusyThreshold")),
     }
+    split = _page("Get conditional disaggregation", "system", _json("ConditionalDisaggs"))
+    split["post"] = {
+        "summary": "Set conditional disaggregation",
+        "operationId": "set_conditional_disaggregation",
+        "tags": ["system"],
+        "requestBody": {"required": True, "content": _json("ConditionalDisagg")},
+        "responses": _responses("The settings now", (400, 404, 405, 408, 413), _json("ConditionalDisagg")),
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -182,6 +193,7 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
             paths["METRICS"]: _page("Prometheus metrics", "system", text),
             "/status": _page("Status of models and routers", "system", _json("Status")),
             "/busy_threshold": busy,
+            "/conditional_disagg": split,
         },
         "components": {"schemas": _schemas()},
     }

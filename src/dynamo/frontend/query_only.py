@@ -5,17 +5,21 @@ nothing counted. A gateway sends the request later, pinned to the worker, with `
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dynamo.frontend import sse
 from dynamo.frontend.answer import AnswerPlan
 from dynamo.frontend.http1 import Request, Sent
+from dynamo.frontend.remote_prefill import for_prefill
 from dynamo.frontend.route import wanted_of
 from dynamo.frontend.server import answer
 from dynamo.frontend.worker_set import WorkerSet
 from dynamo.llm.output import TextDelta
 from dynamo.llm.preprocessor import Prepared
 from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.router.computed_elsewhere import computed_elsewhere
+from dynamo.router.model_split import ModelSplit
+from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import InvalidArgument
 
@@ -67,17 +71,37 @@ def _where(workers: WorkerSet, request: PreprocessedRequest, context: Context, *
             "worker_id": {"prefill_worker_id": worker_id, "decode_worker_id": worker_id},
             "token_ids": request.token_ids,
         }
-    decision = workers.router.query(wanted_of(workers.router, request, context), explain=explain)
-    worker_id, rank = decision.worker
+    wanted = wanted_of(workers.router, request, context)
+    split = _computed_by(workers.split, request, context, wanted) if workers.split is not None else None
+    if split is not None and split.prefill is not None:
+        computed_elsewhere(wanted)
+    decision = workers.router.query(wanted, explain=explain)
+    answering = decision.worker
+    computing = split.prefill.worker if split is not None and split.prefill is not None else answering
     nvext: dict[str, Any] = {
         "worker_id": {
-            "prefill_worker_id": worker_id,
-            "prefill_dp_rank": rank,
-            "decode_worker_id": worker_id,
-            "decode_dp_rank": rank,
+            "prefill_worker_id": computing.worker_id,
+            "prefill_dp_rank": computing.dp_rank,
+            "decode_worker_id": answering.worker_id,
+            "decode_dp_rank": answering.dp_rank,
         },
         "token_ids": request.token_ids,
     }
     if explain:
         nvext["routing"] = {**(decision.explanation or {}), "hit_rate": decision.hit_rate}
+        if split is not None:
+            nvext["routing"]["split"] = split.why
     return nvext
+
+
+class _Computed(NamedTuple):
+    """Who would compute a prompt, if not the worker that answers, and why."""
+
+    prefill: Decision | None
+    why: dict[str, Any]
+
+
+def _computed_by(split: ModelSplit, request: PreprocessedRequest, context: Context, wanted: RouteRequest) -> _Computed:
+    there = wanted_of(split.prefill, for_prefill(request), context, wanted.sequence_hashes)
+    found = split.decide(wanted, there)
+    return _Computed(split.prefill.query(there) if found.remote else None, split.explain(found))

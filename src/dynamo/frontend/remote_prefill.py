@@ -7,7 +7,7 @@ given back; what is lost on the way is computed by the decode worker, and costs 
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from dynamo.frontend.route import Route, name_rank, wanted_of
 from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.router.model_router import ModelRouter
-from dynamo.router.types import Decision
+from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown
 from dynamo.runtime.streams import StreamSink
@@ -64,6 +64,7 @@ class RemotePrefill:
         "_keeping",
         "_pool",
         "_request",
+        "_wanted",
         "began_at",
         "dp_rank",
         "ended",
@@ -85,11 +86,12 @@ class RemotePrefill:
         flush: Callable[[], None],
     ) -> None:
         self._pool = pool
-        self._request = _for_prefill(request)
+        self._request = for_prefill(request)
         self._context = context.detached(f"{context.id()}-prefill")
         self._done = done
         self._failed = failed
         self.flush = flush
+        self._wanted: RouteRequest | None = None
         self.route: Route | None = None
         self.instance_id: int | None = None
         self.dp_rank: int | None = None
@@ -103,13 +105,18 @@ class RemotePrefill:
         self.began_at = perf_counter()
         self.took_s = 0.0
 
+    def wanted(self, router: ModelRouter, hashes: Sequence[int]) -> RouteRequest:
+        """What the pool's router will be asked for; the prompt's hashes are known. Raises InvalidArgument."""
+        self._wanted = wanted_of(router, self._request, self._context, hashes)
+        return self._wanted
+
     def start(self, *, explain: bool = False) -> None:
         """Choose a worker and send the prompt, now or when one has room. Raises what says that it cannot be sent."""
         router = self._pool.router
         if router is None:
             self._send(self._pool.choose(self._request))
             return
-        wanted = wanted_of(router, self._request, self._context)
+        wanted = self._wanted or wanted_of(router, self._request, self._context)
         self.route = Route(router, wanted, self._go, self._fail, explain=explain)
         self.route.ask()
 
@@ -208,7 +215,7 @@ class RemotePrefill:
         self._failed(error)
 
 
-def _for_prefill(request: PreprocessedRequest) -> PreprocessedRequest:
+def for_prefill(request: PreprocessedRequest) -> PreprocessedRequest:
     """What the prefill worker gets: the same prompt and the same sampling, for one token, sent by its own pins."""
     routing = request.routing
     if routing is not None:

@@ -1,22 +1,27 @@
-"""What is in effect, and when does a worker count as busy? (facts row A18)"""
+"""What is in effect, when does a worker count as busy (facts row A18), and which prompts go to prefill workers?"""
 
-from typing import Any
+import logging
+from typing import Any, TypeVar
 
 import msgspec
 
-from dynamo.frontend.bodies import BusyThreshold, BusyThresholds, Status
+from dynamo.frontend.bodies import BusyThreshold, BusyThresholds, ConditionalDisagg, ConditionalDisaggs, Status
 from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import answer
 from dynamo.router.config import LoadThresholdConfig
+from dynamo.router.split_settings import PREFIX, SplitSettings, changed
 from dynamo.runtime.errors import InvalidArgument
 
+log = logging.getLogger(__name__)
+
 _NAMES = LoadThresholdConfig.__struct_fields__
+Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 class AdminRoutes:
-    """The handlers of `/busy_threshold` and `/status`."""
+    """The handlers of `/busy_threshold`, `/conditional_disagg` and `/status`."""
 
     def __init__(self, models: ModelRegistry, router_mode: str, warnings: list[str]) -> None:
         self._models = models
@@ -33,10 +38,7 @@ class AdminRoutes:
         if request.method != "POST":
             every = BusyThresholds([self._of(model.name) for model in self._models.all()])
             return answer(request, 200, msgspec.json.encode(every))
-        try:
-            asked = msgspec.json.decode(request.body, type=BusyThreshold)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
-            raise InvalidArgument(f"Validation: {e}") from None
+        asked = _decoded(request, BusyThreshold)
         changes = {name: value for name in _NAMES if (value := getattr(asked, name)) is not None}
         if self._models.get(asked.model) is None:
             raise model_not_found(asked.model)
@@ -58,6 +60,41 @@ class AdminRoutes:
     def _of(self, name: str) -> BusyThreshold:
         return BusyThreshold(name, **self._models.thresholds(name))
 
+    async def conditional_disagg(self, request: Request) -> Sent:
+        """GET: which prompts go to prefill workers, of all models. POST: change a model's; what is left out stays, and
+        null switches a busy threshold off.
+
+        Raises:
+            RequestRefused: 404, nobody serves the model.
+            InvalidArgument: a value that cannot be meant, or a model whose router does not know what a choice needs.
+        """
+        if request.method != "POST":
+            every = ConditionalDisaggs([self._split_of(model.name) for model in self._models.all()])
+            return answer(request, 200, msgspec.json.encode(every))
+        asked = _decoded(request, ConditionalDisagg)
+        if self._models.get(asked.model) is None:
+            raise model_not_found(asked.model)
+        if changes := asked.changes():
+            self._change_split(asked.model, changes)
+        return answer(request, 200, msgspec.json.encode(self._split_of(asked.model)))
+
+    def _change_split(self, name: str, changes: dict[str, Any]) -> None:
+        if self._router_mode != "kv":
+            raise InvalidArgument(
+                f"conditional disaggregation needs --router-mode kv; this server routes by {self._router_mode}",
+                min(changes).removeprefix(PREFIX),
+            )
+        try:
+            config = changed(self._models.split(name), changes)
+        except ValueError as e:
+            raise InvalidArgument(f"Validation: {e}", str(e).partition(" ")[0].rstrip(":")) from None
+        self._models.set_split(name, config)
+        log.info("prompts of %r are split by %s from now on", name, SplitSettings.of(config))
+
+    def _split_of(self, name: str) -> ConditionalDisagg:
+        config = self._models.split(name)
+        return ConditionalDisagg(model=name, enabled=config.conditional_disagg_enabled, **SplitSettings.of(config))
+
     async def status(self, request: Request) -> Sent:
         """GET /status: of every model, its workers and how its requests are routed; and what is amiss."""
         warnings = list(self._warnings)
@@ -70,10 +107,22 @@ class AdminRoutes:
                     "ready": worker_set.ready,
                     "workers": worker_set.worker_count,
                     "router": router,
+                    "split": worker_set.split_status(),
                 }
                 models.setdefault(model.name, []).append(entry)
                 if worker_set.trouble:
                     warnings.append(f"{model.name}: {worker_set.trouble}")
+                if worker_set.split is not None:
+                    warnings += [f"{model.name}: {line}" for line in worker_set.split.warnings()]
                 if router is not None:
                     warnings += [f"{model.name}: {line}" for line in router["warnings"]]
         return answer(request, 200, msgspec.json.encode(Status(self._router_mode, warnings, models)))
+
+
+def _decoded(request: Request, kind: type[Body]) -> Body:
+    """The body of a request. Raises InvalidArgument."""
+    try:
+        return msgspec.json.decode(request.body, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        where = str(e).rpartition("$.")[2].strip("`") if "$." in str(e) else None
+        raise InvalidArgument(f"Validation: {e}", where) from None

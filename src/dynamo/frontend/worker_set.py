@@ -21,8 +21,11 @@ from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import PreparationTimes, Preprocessor
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.protocols.passthrough import OPENAI_BYTES
-from dynamo.router.config import RouterConfig
+from dynamo.router.config import KvRouterConfig, RouterConfig
 from dynamo.router.model_router import ModelRouter
+from dynamo.router.model_split import ModelSplit
+from dynamo.router.split import Always
+from dynamo.router.transfer_time import TransferTime
 from dynamo.runtime.client import Client
 from dynamo.runtime.connection import Call
 from dynamo.runtime.context import Context
@@ -91,6 +94,10 @@ class WorkerSet:
         """Where each prompt goes, in the mode `kv`; None in the others."""
         self.prefill: WorkerSet | None = None
         """Who computes prompts for these workers; None while they do it themselves."""
+        self.split: ModelSplit | None = None
+        """Who says which prompts those are, in the mode `kv`; None in the others, where it is all."""
+        self.transfer = TransferTime()
+        self._split_config = routing.config or KvRouterConfig()
         self.trouble = ""
         """Why the set cannot be used, if it was tried and failed."""
         self._runtime = runtime
@@ -229,6 +236,34 @@ class WorkerSet:
     def can_prefill(self) -> bool:
         """Whether prompts can be sent here for their first token."""
         return self.card.worker_type is WorkerType.Prefill and self._client is not None and self.worker_count > 0
+
+    def pair(self, prefill: "WorkerSet | None") -> None:
+        """From now on those compute prompts for these; if None, nobody does."""
+        self.prefill = prefill
+        theirs = prefill.router if prefill is not None else None
+        if theirs is None or self.router is None:
+            self.split = None
+        elif self.split is None or self.split.prefill is not theirs:
+            self.split = ModelSplit(theirs, self.router, self._split_config, self.transfer.seconds)
+            log.info("prompts of %r go to prefill workers by the split policy %s", self.key.model, self.split.policy)
+            for line in self.split.warnings():
+                log.warning("splitting prompts of %r: %s", self.key.model, line)
+
+    def set_split(self, config: KvRouterConfig) -> None:
+        """Which prompts go to prefill workers, now and for those that come later."""
+        self._split_config = config
+        if self.split is not None:
+            self.split.configure(config)
+
+    def split_status(self) -> dict[str, Any] | None:
+        """Whether prompts for these workers are computed by others, and which. None where nobody would ask."""
+        if not self.serves or (self.prefill is None and not self._split_config.conditional_disagg_enabled):
+            return None
+        if self.split is not None:
+            return {"in_effect": True, **self.split.facts(), "transfer": self.transfer.facts()}
+        if self.prefill is not None:
+            return {"in_effect": True, "policy": Always.name}
+        return {"in_effect": False, "why": "there is no prefill worker"}
 
     def takes_over_from(self, other: "WorkerSet") -> bool:
         """Whether these workers can go on where those of the other set end: one model, files and blocks alike."""

@@ -147,20 +147,6 @@ class KvRouterConfig(_CacheWeights, frozen=True, kw_only=True, forbid_unknown_fi
             if value is not None and not (0 <= value <= most and value < math.inf):
                 bounds = "at least 0" if most == math.inf else f"between 0 and {most}"
                 raise ValueError(f"{name} must be {bounds}, got {value!r}")
-        if self.conditional_disagg_enabled:
-            self._check_that_split_can_work()
-
-    def _check_that_split_can_work(self) -> None:
-        """A policy that would never decide otherwise is a mistake."""
-        busy = "conditional_disagg_prefill_busy_threshold"
-        if self.conditional_disagg_policy == "prefill_load" and self.conditional_disagg_prefill_busy_threshold is None:
-            raise ValueError(f"{busy}: the policy prefill_load has nothing else to go by; set it")
-        if self.conditional_disagg_prefill_busy_threshold is not None and not self.router_track_prefill_tokens:
-            raise ValueError(f"{busy}: without router_track_prefill_tokens no prefill worker is ever busy")
-        if self.conditional_disagg_decode_busy_threshold is not None and not self.router_track_active_blocks:
-            raise ValueError(
-                "conditional_disagg_decode_busy_threshold: without router_track_active_blocks no decode worker is busy"
-            )
 
     @property
     def credit(self) -> float:

@@ -9,16 +9,19 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from dynamo.router.config import KvRouterConfig
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.split import Always, Split, split_policy
 from dynamo.router.split_choice import SplitChoice
-from dynamo.router.split_settings import split_warnings
+from dynamo.router.split_settings import SplitSettings, split_warnings
 from dynamo.router.types import RouteRequest
 from dynamo.runtime.errors import DynamoException, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
+_ASKED = Split(True, "asked", "the request names its prefill worker")
 _EVERY = Split(True, "always", "every prompt is computed by a prefill worker")
 
 
@@ -53,8 +56,11 @@ class ModelSplit:
         answer is the decode workers, whose router says why."""
         here, there = self.decode.as_routed(at_decode), self.prefill.as_routed(at_prefill)
         split = self._shed(here, there)
-        if split is None:
-            split = _EVERY if self._choice.policy.name == Always.name else self._chosen(here, there)
+        if split is None and at_prefill.allowed is not None:
+            split = _ASKED
+        if split is None:  # both can, as was just seen
+            every = self._choice.policy.name == Always.name
+            split = _EVERY if every else self._choice.decide(here, self._now(), there)
         if log.isEnabledFor(logging.DEBUG):
             where = "a prefill worker" if split.remote else "the decode worker"
             log.debug(
@@ -62,6 +68,10 @@ class ModelSplit:
                 at_decode.request_id, self.decode.name, where, split.reason, self.policy, dict(split.terms),
             )  # fmt: skip
         return split
+
+    def explain(self, split: Split) -> dict[str, Any]:
+        """A decision for people: all that it says, and whose it is."""
+        return {"policy": self.policy, **msgspec.structs.asdict(split)}
 
     def _shed(self, here: RouteRequest, there: RouteRequest) -> Split | None:
         """Who computes the prompt if a pool cannot; None if both can."""
@@ -77,15 +87,12 @@ class ModelSplit:
             return Split(False, _cause("decode", not_here), f"no decode worker takes it: {not_here}")
         return Split(False, "neither", f"nobody takes it: {not_there}; {not_here}")
 
-    def _chosen(self, here: RouteRequest, there: RouteRequest) -> Split:
-        """By the policy. Both routers have just been found to have somebody."""
-        return self._choice.decide(here, self._now(), there)
-
     def facts(self) -> dict[str, Any]:
         """What an operator may ask."""
-        return {"policy": self.policy, "warnings": self._warnings()}
+        return {"policy": self.policy, **SplitSettings.of(self.config)}
 
-    def _warnings(self) -> list[str]:
+    def warnings(self) -> list[str]:
+        """What of the settings works otherwise than it may be meant, in sentences."""
         found = split_warnings(self.config)
         if self.config.conditional_disagg_enabled and self.config.conditional_disagg_decode_busy_threshold is not None:
             load = self.decode.scheduler.load

@@ -16,8 +16,8 @@ from dynamo.router.config import (
 )
 from dynamo.router.policies import POLICIES
 from dynamo.router.queue import TIMEOUT_S
-from dynamo.router.queue_profile import configure, load_profile
-from dynamo.router.split_settings import PREFIX, SplitSettings
+from dynamo.router.queue_profile import effective
+from dynamo.router.split_settings import PREFIX, SplitSettings, check_split
 from dynamo.runtime.options import OptionParser, env_number
 from dynamo.runtime.selection import RouterMode
 
@@ -370,11 +370,12 @@ def router_config(given: dict[str, Any], mode: RouterMode, *, splits: bool = Fal
         elif unread:
             raise ValueError(f"{unread[0]}: the policy {config.router_policy} has no such weight; linear has")
         router = RouterConfig(mode=mode, config=config, **around)
-        effective = configure(config, load_profile(config), config.router_decode_policy)
+        in_effect = effective(router)
         if not splits:
-            refuse_split(effective, "this program")
-        elif effective.conditional_disagg_enabled and mode is not RouterMode.KV:
+            refuse_split(in_effect, "this program")
+        elif in_effect.conditional_disagg_enabled and mode is not RouterMode.KV:
             raise ValueError(f"{SPLITS}: needs --router-mode kv, which knows caches and loads; not {mode.value}")
+        check_split(in_effect)
     except ValueError as e:
         raise ValueError(_with_flag(str(e))) from None
     _check_environment()

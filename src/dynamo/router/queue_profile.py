@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from dynamo.router.config import QUEUE_POLICIES, KvRouterConfig
+from dynamo.router.config import QUEUE_POLICIES, KvRouterConfig, RouterConfig
 
 DEFAULT_CLASS = "default"
 DEFAULT_QUANTUM = 8192  # uncached tokens a round: one step of an engine
@@ -268,3 +268,9 @@ def configure(config: KvRouterConfig, profile: QueueProfile, selection: str | No
         return msgspec.convert({**msgspec.structs.asdict(config), **changes}, KvRouterConfig) if changes else config
     except msgspec.ValidationError as e:
         raise ValueError(f"router settings of the policy file: {e}") from None
+
+
+def effective(routing: RouterConfig) -> KvRouterConfig:
+    """The settings of a router of workers that answer, with its policy file's. Raises ValueError as the others."""
+    config = routing.config or KvRouterConfig()
+    return configure(config, load_profile(config), config.router_decode_policy)

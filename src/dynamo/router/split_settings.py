@@ -33,17 +33,41 @@ class SplitSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         except (msgspec.DecodeError, UnicodeError) as e:
             raise ValueError(str(e)) from None
 
+    @classmethod
+    def of(cls, config: KvRouterConfig) -> dict[str, Any]:
+        """All of them, as they are."""
+        return {name: getattr(config, f"{PREFIX}{name}") for name in cls.__struct_fields__}
+
     def fields(self) -> dict[str, Any]:
         """What is set, by its name in `KvRouterConfig`."""
-        return {f"{PREFIX}{name}": value for name, value in msgspec.structs.asdict(self).items() if value is not UNSET}
+        given = ((name, getattr(self, name)) for name in SplitSettings.__struct_fields__)
+        return {f"{PREFIX}{name}": value for name, value in given if value is not UNSET}
 
 
 def changed(config: KvRouterConfig, fields: dict[str, Any]) -> KvRouterConfig:
     """The configuration with these fields. Raises ValueError naming the field, without the prefix."""
     try:
-        return config.with_overrides(**fields)
+        new = config.with_overrides(**fields)
+        check_split(new)
     except ValueError as e:
         raise ValueError(str(e).removeprefix(PREFIX)) from None
+    return new
+
+
+def check_split(config: KvRouterConfig) -> None:
+    """Raises ValueError, naming the field, for settings of a frontend's router with which a policy could never decide
+    otherwise than it would without them."""
+    if not config.conditional_disagg_enabled:
+        return
+    prefill, decode = config.conditional_disagg_prefill_busy_threshold, config.conditional_disagg_decode_busy_threshold
+    if prefill is None and config.conditional_disagg_policy == "prefill_load":
+        raise ValueError(f"{PREFIX}prefill_busy_threshold: the policy prefill_load has nothing else to go by; set it")
+    for name, value, tracked in (
+        ("prefill_busy_threshold", prefill, "router_track_prefill_tokens"),
+        ("decode_busy_threshold", decode, "router_track_active_blocks"),
+    ):
+        if value is not None and not getattr(config, tracked):
+            raise ValueError(f"{PREFIX}{name}: without {tracked} no worker is ever busy")
 
 
 def split_warnings(config: KvRouterConfig) -> list[str]:
