@@ -212,12 +212,33 @@ async def httptools_protocol(sock: socket.socket, events: int) -> None:
     await asyncio.get_running_loop().create_server(Protocol, sock=sock)
 
 
+async def ours(sock: socket.socket, events: int) -> None:
+    """What the frontend uses, with the checks that the floor lacks: order, limits, stalls, refusals."""
+    from dynamo.frontend.http1 import HttpServer, Request, Sent, sent
+    from dynamo.frontend.server import answer, head_bytes
+
+    ticker = Ticker()
+
+    async def handle(request: Request) -> Sent:
+        if request.path == "/unary":
+            return answer(request, 200, ANSWER)
+        transport = request.transport
+        assert transport is not None
+        transport.write(head_bytes(request, 200, "text/event-stream", None, keep_alive=True))
+        await Counted(ticker, events, lambda: transport.write(CHUNK)).done
+        transport.write(b"0\r\n\r\n")
+        return sent(keep_alive=True)
+
+    await asyncio.get_running_loop().create_server(HttpServer(handle, 1 << 20), sock=sock)
+
+
 CANDIDATES = {
     "aiohttp web.Application": aiohttp_application,
     "aiohttp web.Server": aiohttp_low_level,
     "aiohttp web.Server, bytes to the transport": aiohttp_raw,
     "uvicorn (httptools), raw ASGI": uvicorn_asgi,
-    "httptools, protocol by hand": httptools_protocol,
+    "dynamo.frontend.http1 (httptools)": ours,
+    "httptools, nothing but the bytes": httptools_protocol,
 }
 
 

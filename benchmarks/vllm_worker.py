@@ -1,12 +1,14 @@
 """What does serving vLLM through this project gain over vLLM's own server?
 
-usage: python benchmarks/vllm_worker.py [--streams 64] [--requests 256] [--tokens 128] [--rounds 2] [-- engine flags]
+usage: python benchmarks/vllm_worker.py [--streams 64] [--requests 256] [--tokens 128] [--rounds 2] [--cores N]
+                                         [-- engine flags]
 
 Serves the demo model (5 million weights, so that what surrounds the engine shows) in turn by
   ours:  python -m dynamo.frontend and python -m dynamo.vllm
   vllm:  python -m vllm.entrypoints.openai.api_server
-with the same engine flags on the same cores, and drives each over HTTP with streaming chat requests on `streams`
-keep-alive connections, from a process of its own on those cores too. Every round starts the servers anew, sends
+with the same engine flags on the same cores (the first `cores` of the machine; all if not given), and drives each over
+HTTP with streaming chat requests on `streams` keep-alive connections, from a process of its own on the other cores, or
+on those too if there are none. Every round starts the servers anew, sends
 `requests` requests to warm up and as many to measure. Printed: output tokens a second, time to the first event,
 and CPU by process over the measured requests: the engine (vLLM's core and its worker) and all that is outside it.
 One round of both takes about two minutes.
@@ -130,20 +132,26 @@ async def load(port: int, args: argparse.Namespace, first_seed: int) -> Round:
 class Servers:
     """The processes of one side, their log in a file."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cores: set[int]) -> None:
+        self.cores = cores
         self.log = directory / "servers.log"
         self.processes: list[subprocess.Popen[bytes]] = []
         weights = cpu.weights_bytes(directory / "model")
-        settings = cpu.environment(weights, len(os.sched_getaffinity(0)), 1, os.environ)
+        settings = cpu.environment(weights, len(cores), 1, os.environ)
         self.environ = os.environ | {s.name: s.value for s in settings}
         self.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         self.environ |= {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(directory / "discovery")}
 
     def start(self, *words: str) -> None:
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", *words], stdout=log, stderr=log, env=self.environ, start_new_session=True
-            )
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cores)  # children inherit it
+        try:
+            with self.log.open("ab") as log:
+                process = subprocess.Popen(
+                    [sys.executable, "-m", *words], stdout=log, stderr=log, env=self.environ, start_new_session=True
+                )
+        finally:
+            os.sched_setaffinity(0, own)
         self.processes.append(process)
 
     def cpu_s(self) -> dict[str, float]:
@@ -218,7 +226,7 @@ async def measure(side: str, model: Path, args: argparse.Namespace, seed: int) -
         port: int = s.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "model").symlink_to(model)
-        servers = Servers(Path(directory))
+        servers = Servers(Path(directory), args.served_by)
         try:
             SIDES[side](servers, model, port, [*FLAGS, *args.flags])
             await until_serving(servers, port)
@@ -240,9 +248,13 @@ def main() -> None:
     ap.add_argument("--words", type=int, default=50, help="prompt length")
     ap.add_argument("--tokens", type=int, default=128, help="output tokens a request")
     ap.add_argument("--rounds", type=int, default=2)
+    ap.add_argument("--cores", type=int, help="hold the servers to so many cores")
     ap.add_argument("--only", choices=SIDES)
     ap.add_argument("flags", nargs="*", help="engine flags for both sides, after --")
     args = ap.parse_args()
+    everywhere = os.sched_getaffinity(0)
+    args.served_by = set(sorted(everywhere)[: args.cores])
+    os.sched_setaffinity(0, everywhere - args.served_by or everywhere)
     rounds: dict[str, list[Round]] = {side: [] for side in SIDES if args.only in (None, side)}
     with tempfile.TemporaryDirectory() as directory:
         model = make_demo_model(Path(directory) / "model")
