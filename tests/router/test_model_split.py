@@ -80,6 +80,14 @@ async def test_the_policy_decides_where_both_pools_can(runtime):
         assert two.decide(tokens=prompt(7, 2)).cause == "short"
 
 
+async def test_blocks_at_a_prefill_worker_are_not_counted_as_they_are_soon_elsewhere(runtime):
+    async with pair(runtime) as two:
+        for router in (two.prefill, two.decode):
+            two.occupy(router)
+        assert two.prefill.scheduler.load.decode_blocks == [0]
+        assert two.decode.scheduler.load.decode_blocks == [10]
+
+
 async def test_a_prompt_whose_prefill_worker_is_named_goes_there(runtime):
     async with pair(runtime, **LONG) as two:
         here, there = two.requests(tokens=prompt(7, 2))
