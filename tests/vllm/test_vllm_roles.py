@@ -97,13 +97,15 @@ class ScriptedClaims(Claims):
 class Taking:
     """A decode role with one request in it."""
 
-    def __init__(self, **sections: Any) -> None:
+    def __init__(self, *, longest: int = 0, params: dict[str, Any] | None = None, **sections: Any) -> None:
         self.metrics = Metrics(1)
         self.claims, self.engine = ScriptedClaims(self.metrics), Engine()
         self.role = Decode(self.engine, self.claims, lambda: 1000)
         result = {"disaggregated_params": {}, "token_ids": [FIRST]}
         self.wanted = self.role.adapt(request(PROMPT, prefill_result=result, **sections))
+        self.role.longest = longest
         self.params = Params()
+        vars(self.params).update(params or {})
         self.role.submit(DriverRequest("r", PROMPT, self.params), self.wanted)
 
     def put(self, output: EngineOutput) -> EngineOutput | None:

@@ -1,6 +1,7 @@
 """By which way does KV pass, what is in a KV file, and what does an engine begin with? No engine is started."""
 
 import os
+import queue
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.request import RequestStatus
 from vllm.v1.sample.logits_processor import BatchUpdate
 
-from dynamo.vllm import transport
+from dynamo.vllm import spinning, transport
 from dynamo.vllm.driver import FIRST_TOKEN
 from dynamo.vllm.first_token import FirstToken
 from dynamo.vllm.kv_directory import LEFT_BEHIND_S, file_path, open_directory
@@ -131,8 +132,9 @@ def save(side: Side, tokens: int, table: list[int]) -> dict[str, Any]:
     return params
 
 
-def load(side: Side, tokens: int, table: list[int], params: dict[str, Any], computed: int = 0) -> Any:
-    wanted = a_request("d", tokens, dict(params))
+def load(side: Side, tokens: int, table: list[int], params: dict[str, Any], computed: int = 0, *, more: int = 0) -> Any:
+    """Take over a prompt with `more` tokens behind it."""
+    wanted = a_request("d", tokens + more, dict(params))
     assert side.scheduler.get_num_new_matched_tokens(wanted, computed) == (tokens - computed, True)
     blocks = SimpleNamespace(get_block_ids=lambda: (table,))
     side.scheduler.update_state_after_alloc(wanted, blocks, tokens - computed)
@@ -165,6 +167,16 @@ def test_blocks_that_are_here_already_are_left_alone(sides: tuple[Side, Side]) -
     for cache, old in zip(decode.cache.values(), before, strict=True):
         assert torch.equal(cache[5], old[5])
     assert torch.equal(decode.blocks([9])[0], prefill.blocks([1])[0])
+
+
+@pytest.mark.parametrize("tokens", [10, 12])
+def test_a_first_token_behind_the_prompt_is_not_looked_for(sides: tuple[Side, Side], tokens: int) -> None:
+    prefill, decode = sides
+    params = save(prefill, tokens, [3, 1, 7])
+    results = load(decode, tokens, [5, 9, 0], params, more=1)
+    assert (results.finished_recving, results.failed_recving) == ({"d"}, set())
+    for theirs, ours in zip(prefill.blocks([3, 1, 7]), decode.blocks([5, 9, 0]), strict=True):
+        assert torch.equal(theirs, ours)
 
 
 def test_a_file_that_is_gone_changed_or_of_another_prompt_is_a_failed_load(
@@ -224,3 +236,70 @@ def test_an_engine_can_only_begin_with_the_clients_token() -> None:
     outputs[0].append(3)
     processor.update_state(None)
     assert torch.equal(processor.apply(torch.zeros(3, 6)), torch.zeros(3, 6))
+
+
+# --- an engine that has nothing to compute
+
+
+class Condition:
+    """Remembers how long its one caller would have waited."""
+
+    def __init__(self) -> None:
+        self.waited: list[float] = []
+
+    def __enter__(self) -> None:
+        """Nobody else is here."""
+
+    def __exit__(self, *error: object) -> None:
+        """Nobody else is here."""
+
+    def wait(self, limit_s: float) -> None:
+        self.waited.append(limit_s)
+
+
+class Core:
+    """As much of vLLM's engine core as its step between steps touches."""
+
+    def __init__(self, *, executed: bool = False, unfinished: bool = False, arrived: bool = False) -> None:
+        self.output_queue: queue.Queue[Any] = queue.Queue()
+        self.waits = Condition()
+        self.input_queue = SimpleNamespace(queue=[], not_empty=self.waits)
+        self.scheduler = SimpleNamespace(
+            has_requests=lambda: True,
+            has_unfinished_requests=lambda: unfinished,
+            finished_recving_kv_req_ids={"r"} if arrived else set(),
+        )
+        self.step_fn = lambda: ({0: "output"}, executed)
+        self.post_step = lambda executed: None
+        spinning.wait_for_requests(Core)
+
+    def step(self) -> bool:
+        done: bool = self._process_engine_step()  # type: ignore[attr-defined]
+        return done
+
+
+def test_an_engine_that_computed_goes_on_at_once() -> None:
+    core = Core(executed=True, unfinished=True)
+    assert core.step()
+    assert core.waits.waited == []
+    assert core.output_queue.get_nowait() == (0, "output")
+
+
+@pytest.mark.parametrize(("unfinished", "limit_s"), [(True, spinning.LOOK_S), (False, spinning.KEPT_S)])
+def test_it_waits_longer_for_readers_than_for_kv(unfinished: bool, limit_s: float) -> None:
+    core = Core(unfinished=unfinished)
+    assert not core.step()
+    assert core.waits.waited == [limit_s]
+
+
+def test_kv_that_has_arrived_is_gone_on_from_at_once() -> None:
+    core = Core(unfinished=True, arrived=True)
+    core.step()
+    assert core.waits.waited == []
+
+
+def test_a_request_that_came_meanwhile_is_not_kept_waiting() -> None:
+    core = Core()
+    core.input_queue.queue.append("request")
+    core.step()
+    assert core.waits.waited == []

@@ -266,6 +266,8 @@ class VllmEngine:
         self._upkeep = KvUpkeep(self._running(), self.transport)
         if isinstance(self._role, Decode):
             self._role.claims.layout = layout
+            if self.transport.is_ours:
+                self._role.longest = config.model_config.max_model_len - 2  # room for the first token and another
         elif isinstance(self._role, Prefill):
             self._role.layout = layout
             self._role.engine_id = str(config.kv_transfer_config.engine_id)

@@ -90,9 +90,12 @@ class GuardedMultiprocExecutor(MultiprocExecutor):  # type: ignore[misc]
     def _init_executor(self) -> None:
         stand_guard()
         if os.environ.get(SPIN_LESS_ENV) == "1":
-            from dynamo.vllm.spinning import spin_less
+            from vllm.v1.engine.core import EngineCoreProc
+
+            from dynamo.vllm.spinning import spin_less, wait_for_requests
 
             spin_less()
+            wait_for_requests(EngineCoreProc)
         super()._init_executor()
 
 

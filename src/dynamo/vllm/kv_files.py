@@ -132,7 +132,7 @@ class FileConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not params or not params.get("do_remote_prefill"):
             return 0, False
         self._local_blocks[request.request_id] = num_computed_tokens // self._block_size
-        missing = request.num_prompt_tokens - num_computed_tokens
+        missing = _kept(request) - num_computed_tokens
         return max(0, missing), missing > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
@@ -142,7 +142,7 @@ class FileConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         params["do_remote_prefill"] = False
         skip = self._local_blocks.pop(request.request_id, 0)
         if num_external_tokens:
-            count = -(-request.num_prompt_tokens // self._block_size)
+            count = -(-_kept(request) // self._block_size)
             ids = blocks.get_block_ids()[0][skip:count]
             self._work.load.append(Load(request.request_id, params["file"], skip, ids))
 
@@ -170,7 +170,8 @@ class FileConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if request.status not in _FINISHED:
             file_path(self._directory, saving[1]).unlink(missing_ok=True)
             return False, None
-        return False, {"do_remote_prefill": True, "do_remote_decode": False, "file": saving[1]}
+        found = {"do_remote_prefill": True, "do_remote_decode": False, "file": saving[1]}
+        return False, found | {"remote_num_tokens": request.num_prompt_tokens}
 
     # --- worker
 
@@ -259,3 +260,10 @@ class FileConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def take_events(self) -> Iterable[Any]:
         return ()
+
+
+def _kept(request: Any) -> int:
+    """The tokens whose KV must be in the file: the prompt's, less the first token of the answer where it is part of it
+    (`dynamo.vllm.following`). A file of any other length is not this prompt's."""
+    count: int = request.num_prompt_tokens
+    return count - 1 if request.kv_transfer_params.get("remote_num_tokens") == count - 1 else count

@@ -1,6 +1,6 @@
 """How does KV pass between vLLM workers by NIXL, without a spinning thread and without a read that comes too late?
 
-vLLM's own pull connector (`NixlConnector`), changed in five places; loaded into vLLM's processes by
+vLLM's own pull connector (`NixlConnector`), changed in seven places; loaded into vLLM's processes by
 `kv_connector_module_path`. Written against the versions of `dynamo.vllm.engine_core`:
 
 - NIXL's progress thread is off: it costs a core for each idle worker. A thread of ours polls every millisecond while
@@ -12,6 +12,8 @@ vLLM's own pull connector (`NixlConnector`), changed in five places; loaded into
 - Leases can be renewed by others than the engine that will read, as that engine may not have the request yet. vLLM's
   own renewals, which such an engine sends once it has, give a whole lease and not two thirds of one. Either way the
   reader goes by what it was told.
+- A prompt may be longer than what was computed of it: by the first token, see `dynamo.vllm.following`.
+- A read that takes a moment is waited for, where vLLM would look again a step later.
 """
 
 import os
@@ -35,6 +37,9 @@ logger = init_logger("vllm.dynamo.kv_nixl")
 
 PORT_ENV = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 LISTEN_S = 0.001  # between two looks for readers; two per cent of a core while KV is kept
+AWAIT_S = 0.005  # for a read while the engine has nothing to compute: as long as a step, with its hand-over
+AWAIT_BUSY_S = 0.0003  # while it has: the read itself is done by then, here, and only its end is missing
+_SPIN_S = 0.0002
 _BIND_TRIES = 20  # each time another port was taken between asking for a free one and binding it
 
 _agent_config = base_worker.nixl_agent_config
@@ -53,6 +58,13 @@ class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
         self._port_is_ours = PORT_ENV not in os.environ
         if self._port_is_ours:
             self.side_channel_port = _free_port(self.side_channel_host)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
+        count, later = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        params = request.kv_transfer_params or {}
+        if later and (kept := params.get("remote_num_tokens")):
+            count = min(count, kept - num_computed_tokens)
+        return (count, later) if count > 0 else (0, False)
 
     def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, dict[str, Any] | None]:
         delayed, params = super().request_finished(request, block_ids)
@@ -139,6 +151,20 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
         if self._listening is not None:
             self._listening.listen(bool(self._reqs_to_process))
 
+    def await_reads(self, limit_s: float) -> None:
+        """Let the reads that were begun get on, until they are done or time is up."""
+        began = time.monotonic()
+        while self._is_reading() and (waited := time.monotonic() - began) < limit_s:
+            if waited > _SPIN_S:
+                time.sleep(_SPIN_S / 10)
+
+    def _is_reading(self) -> bool:
+        handles = [handle for each in self._recving_transfers.values() for handle in each]
+        try:
+            return any(self.nixl_wrapper.check_xfer_state(handle) == "PROC" for handle in handles)
+        except Exception:  # noqa: BLE001 - NIXL's own kinds; who looks for results meets it again
+            return False
+
     def shutdown(self) -> None:
         if self._listening is not None:
             self._listening.stop()
@@ -207,6 +233,12 @@ class HeldNixlConnector(NixlPullConnector):  # type: ignore[misc]
         here = (vllm_config, self.engine_id, kv_cache_config)
         self.connector_scheduler = _Scheduler(*here) if role == KVConnectorRole.SCHEDULER else None
         self.connector_worker = _Worker(*here) if role == KVConnectorRole.WORKER else None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        super().start_load_kv(forward_context, **kwargs)
+        if self.connector_worker is not None:
+            idle = forward_context.attn_metadata is None
+            self.connector_worker.await_reads(AWAIT_S if idle else AWAIT_BUSY_S)
 
     def give_back(self, request_ids: list[str]) -> None:
         """See `_Worker.give_back`."""

@@ -8,7 +8,7 @@ a handle, has the engine fetch the KV, and takes the token that the client has a
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
@@ -18,6 +18,7 @@ from dynamo.engine.takeover import Claim, Claims, Grant, Refusal, first_token_of
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PreprocessedRequest, PromptTokensDetails
 from dynamo.runtime.errors import DynamoException, InvalidArgument, StreamIncomplete
 from dynamo.vllm.driver import EXTERNAL_TOKENS, FIRST_TOKEN, DriverRequest
+from dynamo.vllm.following import behind, may_follow
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,8 @@ class Decode:
         self.claims = claims
         self._vocabulary = vocabulary
         self._takeovers: dict[str, _Takeover] = {}
+        self.longest = 0
+        """Tokens of the longest prompt behind whose first token the engine may go on; see `dynamo.vllm.following`."""
 
     def adapt(self, request: PreprocessedRequest) -> PreprocessedRequest:
         if request.bootstrap_info is not None:
@@ -178,11 +181,15 @@ class Decode:
             self._inner.send(request, len(request.token_ids))
             return
         token = first_token_of(original)
-        if token is not None:
-            if not 0 <= token < self._vocabulary():
-                raise InvalidArgument(f"prefill_result.token_ids: {token} is no token of this model", "prefill_result")
-            _add(request.sampling_params, FIRST_TOKEN, token)
+        if token is not None and not 0 <= token < self._vocabulary():
+            raise InvalidArgument(f"prefill_result.token_ids: {token} is no token of this model", "prefill_result")
         takeover = _Takeover(request, token, time.monotonic())
+        if token is None:
+            pass
+        elif len(request.token_ids) <= self.longest and may_follow(request.sampling_params):
+            takeover.request, takeover.first_token, takeover.shift = behind(request, token), None, 1
+        else:
+            _add(request.sampling_params, FIRST_TOKEN, token)
         self._takeovers[request.request_id] = takeover
         takeover.claim = self.claims.begin(original, lambda answer: self._answered(takeover, answer), self._renewed)
 
@@ -281,24 +288,18 @@ class Decode:
 
     def _restart(self, takeover: _Takeover, token: int) -> None:
         """The engine began otherwise than the client was told: begin again, with the client's token in the prompt."""
-        request = takeover.request
-        params = request.sampling_params.clone()
-        request_id = request.request_id
+        request_id = takeover.request.request_id
         log.warning("request %s: the first token came out otherwise here; keeping the client's", request_id)
         self._inner.withdraw(request_id)
-        if params.structured_outputs is not None:
+        if takeover.request.sampling_params.structured_outputs is not None:
             self._fail(request_id, StreamIncomplete("the constrained output began otherwise on the decode worker"))
             return
-        params.extra_args = None
-        params.max_tokens = None if params.max_tokens is None else params.max_tokens - 1
-        params.min_tokens = max(0, params.min_tokens - 1)
-        takeover.shift = 1
-        if params.max_tokens == 0:
+        takeover.request, takeover.shift = behind(takeover.request, token), 1
+        if takeover.request.sampling_params.max_tokens == 0:
             self._fail(request_id, InvalidArgument("max_tokens: prefill has made the only token", "max_tokens"))
             return
-        tokens = [*request.token_ids, token]
         try:
-            self._inner.send(replace(request, token_ids=tokens, sampling_params=params), len(tokens))
+            self._inner.send(takeover.request, len(takeover.request.token_ids))
         except DynamoException as error:
             self._fail(request_id, error)
 

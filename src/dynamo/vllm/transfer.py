@@ -31,7 +31,7 @@ class KvUpkeep:
     def renewable(self) -> bool:
         """Whether KV can be kept for longer than it was first said to. Of a connector that the user chose we cannot
         tell."""
-        return self._transport.directory is not None or self._transport.name == "nixl"
+        return self._transport.is_ours
 
     def free(self, params: Any, how: str) -> None:
         """See `Ledger.free`."""

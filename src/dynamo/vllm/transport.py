@@ -47,6 +47,11 @@ class Transport:
     why: str
     directory: Path | None = None
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether a connector of ours carries the KV, and not one that the user named."""
+        return self.directory is not None or self.name == "nixl"
+
 
 def choose(options: TransferOptions, given: Any) -> Transport:
     """Which way, and why. `given` is the `KVTransferConfig` that the user typed, or None.
