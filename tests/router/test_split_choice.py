@@ -8,7 +8,7 @@ from dynamo.router.queue_profile import load_profile
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.split import Always
 from dynamo.router.split_choice import SplitChoice
-from dynamo.router.types import Overlap, RouteRequest, WorkerKey, WorkerLimits
+from dynamo.router.types import Overlap, Prefilled, RouteRequest, WorkerKey, WorkerLimits
 
 BLOCK = 16
 
@@ -77,3 +77,22 @@ def test_looking_changes_nothing_in_either_pool():
     for queue in (prefill, decode):
         assert not queue.scheduler.load.bookings
         assert queue.scheduler.load.prefill_tokens == [0, 0]
+
+
+def test_prompt_times_are_learnt_from_decode_workers_while_nothing_travels():
+    prefill, decode = pool(1, router_policy="marginal"), pool(1, router_policy="marginal")
+
+    def seconds() -> float:
+        view = choice(prefill, decode).view(prompt(), 0.0)
+        return view.step_s + view.decode_new_tokens * view.token_s
+
+    def teach(queue: RouterQueue, token_s: float) -> None:
+        for number in range(100):
+            tokens = 1000 + 100 * (number % 10)
+            queue.scheduler.policy.prefilled(Prefilled(WorkerKey(0), tokens, 0, 0, 0, tokens * token_s))
+
+    guessed = seconds()
+    teach(decode, 1e-3)
+    assert seconds() > 5 * guessed
+    teach(prefill, 2e-5)
+    assert seconds() < guessed

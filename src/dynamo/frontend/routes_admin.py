@@ -89,7 +89,6 @@ class AdminRoutes:
         except ValueError as e:
             raise InvalidArgument(f"Validation: {e}", str(e).partition(" ")[0].rstrip(":")) from None
         self._models.set_split(name, config)
-        log.info("prompts of %r are split by %s from now on", name, SplitSettings.of(config))
 
     def _split_of(self, name: str) -> ConditionalDisagg:
         config = self._models.split(name)

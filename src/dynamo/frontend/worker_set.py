@@ -245,15 +245,19 @@ class WorkerSet:
             self.split = None
         elif self.split is None or self.split.prefill is not theirs:
             self.split = ModelSplit(theirs, self.router, self._split_config, self.transfer.seconds)
-            log.info("prompts of %r go to prefill workers by the split policy %s", self.key.model, self.split.policy)
-            for line in self.split.warnings():
-                log.warning("splitting prompts of %r: %s", self.key.model, line)
+            self._tell_split(self.split)
 
     def set_split(self, config: KvRouterConfig) -> None:
         """Which prompts go to prefill workers, now and for those that come later."""
         self._split_config = config
         if self.split is not None:
             self.split.configure(config)
+            self._tell_split(self.split)
+
+    def _tell_split(self, split: ModelSplit) -> None:
+        log.info("prompts of %r go to prefill workers by the split policy %s", self.key.model, split.policy)
+        for line in split.warnings():
+            log.warning("splitting prompts of %r: %s", self.key.model, line)
 
     def split_status(self) -> dict[str, Any] | None:
         """Whether prompts for these workers are computed by others, and which. None where nobody would ask."""
@@ -357,6 +361,11 @@ class WorkerSet:
         """Send it; errors go to the sink."""
         assert self._client is not None
         return self._client.start(instance_id, request, sink, context)
+
+    def avoid(self, instance_id: int) -> None:
+        """Leave an instance out of choices for a while: it has lost a request."""
+        if self._client is not None:
+            self._client.report_failure(instance_id)
 
     def keep(self, handle: dict[str, Any]) -> Keeping | None:
         """Let what a prefill worker keeps not expire while the request for it waits. None where that cannot be."""

@@ -12,6 +12,7 @@ from dynamo.router.scheduler import KvScheduler
 from dynamo.router.split import Split, SplitPolicy, SplitView
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, RouteRequest
 
+LESSONS = 10  # prompts; with fewer a line is mostly its prior, an ordinary GPU
 _PRIOR_S = FIRST_TOKEN_PRIOR[0][1]
 _PRIOR_TOKEN_S = (FIRST_TOKEN_PRIOR[1][1] - _PRIOR_S) / FIRST_TOKEN_PRIOR[1][0]
 
@@ -38,7 +39,7 @@ class SplitChoice:
         fleet = self._decode.load
         at = fleet.position[here.worker]
         limits = fleet.limits[at]
-        step_s, token_s = _prompt_time(self._prefill)
+        step_s, token_s = _prompt_time(self._prefill, self._decode)
         ahead = self._prefill_queue.tokens_ahead(at_prefill or request, request.token_count - there.new_tokens, now)
         queued = _queued(self._prefill, there, now, token_s) + ahead // len(self._prefill.load.workers)
         prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
@@ -57,13 +58,14 @@ class SplitChoice:
         )
 
 
-def _prompt_time(scheduler: KvScheduler) -> tuple[float, float]:
-    """Seconds that any prompt takes, and more for each token."""
-    policy = scheduler.policy
-    if isinstance(policy, PredictedLatency):
-        line = policy.first_token
-        return max(0.0, line.at(0)), line.slope
-    return _PRIOR_S, _PRIOR_TOKEN_S
+def _prompt_time(prefill: KvScheduler, decode: KvScheduler) -> tuple[float, float]:
+    """Seconds that any prompt takes, and more for each token: as the prefill workers have shown; as the decode workers
+    have, while no more than a few prompts went to those, who else would show nothing before they get some."""
+    lines = [each.policy.first_token for each in (prefill, decode) if isinstance(each.policy, PredictedLatency)]
+    if not lines:
+        return _PRIOR_S, _PRIOR_TOKEN_S
+    line = next((line for line in lines if line.seen >= LESSONS), lines[0])
+    return max(0.0, line.at(0)), line.slope
 
 
 def _queued(scheduler: KvScheduler, decision: Decision, now: float, token_s: float) -> int:

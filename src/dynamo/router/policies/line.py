@@ -38,6 +38,11 @@ class Line:
         """The y it expects."""
         return self.height + self.slope * x
 
+    @property
+    def seen(self) -> float:
+        """How many observations count, at most `MEMORY`."""
+        return self._count
+
     def see(self, x: float, y: float) -> bool:
         """Learn from one observation. False if it makes no sense."""
         if not (math.isfinite(x) and math.isfinite(y) and x >= 0 and y >= 0):
