@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from dynamo.engine.handoff import NO_HANDOFF, Ledger
+from dynamo.engine.seat import path_of
 from dynamo.engine.serving import EngineWorker, ServeOptions, health_check_request
 from dynamo.engine.takeover import Claims
-from dynamo.engine.worker_args import WorkerOptions
+from dynamo.engine.worker_args import ROLES, WorkerOptions
 from dynamo.runtime import DistributedRuntime
-from dynamo.runtime.errors import WorkerOverloaded
+from dynamo.runtime.errors import DiscoveryError, InvalidArgument, WorkerOverloaded
 from tests.engine.scripted import DEADLINE_S, ScriptedEngine, collect, request, serving
 
 
@@ -83,6 +84,73 @@ async def test_a_refused_further_choice_ends_the_request(runtime: DistributedRun
         with pytest.raises(WorkerOverloaded):
             await collect(stream)
         assert first in engine.aborted
+
+
+class Changing(SplitScripted):
+    """Has a way in for each role, and says in each id by which it came."""
+
+    def take_role(self, handoff: Ledger | Claims | None) -> Any:
+        kind = type(handoff).__name__
+        return lambda id_, wanted: self.submit(f"{kind} {id_}", wanted)
+
+
+async def test_requests_go_in_by_the_role_of_the_endpoint_that_they_came_to(
+    runtime: DistributedRuntime, model_dir: Path
+) -> None:
+    engine = Changing()
+    async with serving(runtime, engine, model_dir, disaggregation_mode="decode") as (worker, before):
+        old = await before.generate(request(), annotated=False)
+        (first,) = await engine.submissions(1)
+        await worker.change_role("prefill")
+        assert (worker.role, worker.endpoint.path) == ("prefill", "dynamo.prefill.generate")
+        (key,) = await runtime.discovery.get_prefix("v1/mdc/")
+        assert key.startswith("v1/mdc/dynamo/prefill/generate/")
+        after = await runtime.endpoint("dynamo.prefill.generate").client()
+        new = await after.generate(request(n=2), annotated=False)
+        second = (await engine.submissions(2))[1]
+        assert second.startswith("Ledger ")
+        assert len(engine.submitted) == 2  # a prefill worker makes one choice of many
+        engine.step((first, 5), finish=True)
+        assert [item["token_ids"] for item in await collect(old)] == [[5]]
+        await new.aclose()
+
+
+async def test_a_change_that_fails_changes_nothing(
+    runtime: DistributedRuntime, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Changing()
+    async with serving(runtime, engine, model_dir, disaggregation_mode="decode") as (worker, client):
+
+        async def fail(*args: Any, **options: Any) -> None:
+            raise DiscoveryError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("dynamo.engine.serving.register_model", fail)
+            with pytest.raises(DiscoveryError):
+                await worker.change_role("prefill")
+        assert (worker.role, worker.endpoint.path) == ("decode", "dynamo.backend.generate")
+        stream = await client.generate(request(), annotated=False)
+        (id_,) = await engine.submissions(1)
+        engine.step((id_, 5), finish=True)
+        assert [item["token_ids"] for item in await collect(stream)] == [[5]]
+        await worker.change_role("prefill")  # and later it works
+        assert worker.role == "prefill"
+
+
+async def test_an_engine_that_cannot_change_says_so(runtime: DistributedRuntime, model_dir: Path) -> None:
+    async with serving(runtime, ScriptedEngine(), model_dir) as (worker, _):
+        with pytest.raises(InvalidArgument, match="this engine cannot become prefill while it serves"):
+            await worker.change_role("prefill")
+        assert worker.role == "agg"
+
+
+@pytest.mark.parametrize("start", ["agg", "prefill", "decode"])
+def test_each_role_of_a_worker_has_an_endpoint_of_its_own(start: Any) -> None:
+    component = "prefill" if start == "prefill" else "backend"
+    options = WorkerOptions(endpoint=f"ns.{component}.generate", disaggregation_mode=start)
+    paths = {role: path_of(role, options) for role in ROLES}
+    assert len(set(paths.values())) == 3
+    assert paths[start] == options.endpoint
 
 
 def test_a_health_check_leaves_no_kv_behind() -> None:

@@ -173,6 +173,31 @@ async def test_a_client_that_leaves_during_prefill_stops_it(split: Split) -> Non
     assert split.decode.requests.empty()
 
 
+async def test_a_handle_that_comes_after_the_client_left_is_given_back(split: Split) -> None:
+    asked = await released(split)
+    wire = await Wire.open(split.service.port)
+    wire.post(CHAT, chat(stream=True))
+    taken = await split.prefill.take()
+    wire.writer.close()
+    await taken.cancelled.wait()
+    first_token(taken, "x", split.handle())  # it was on its way
+    async with asyncio.timeout(10):
+        assert await asked.get() == {"verb": "release", "id": "h1", "incarnation": "i"}
+    assert split.decode.requests.empty()
+
+
+async def test_a_client_that_leaves_before_the_decode_worker_answers_gives_the_handle_back(split: Split) -> None:
+    asked = await released(split)
+    wire = await Wire.open(split.service.port)
+    wire.post(CHAT, chat(max_tokens=9, stream=True))
+    first_token(await split.prefill.take(), "x", split.handle())
+    decoding = await split.decode.take()
+    wire.writer.close()
+    await decoding.cancelled.wait()
+    async with asyncio.timeout(10):
+        assert (await asked.get())["verb"] == "release"
+
+
 async def test_several_choices_go_on_from_one_prefill(split: Split) -> None:
     wire = await Wire.open(split.service.port)
     wire.post(COMPLETIONS, {"model": "tiny", "prompt": [100], "n": 2, "max_tokens": 5, "seed": 1})

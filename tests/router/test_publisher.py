@@ -9,7 +9,7 @@ import pytest
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, Removed, RouterEvent
 from dynamo.router import publisher as module
-from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher
+from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher, common_time
 from dynamo.runtime.events import create_subscriber
 
 DEADLINE_S = 10.0
@@ -76,7 +76,8 @@ async def test_a_batching_time_gathers_events_of_several_turns(runtime):
 
 async def test_spaced_messages_carry_what_came_since_the_last_and_the_first_does_not_wait(runtime):
     async with heard(runtime, "kv-events") as (publisher, subscriber):
-        publisher.spacing_s = 0.05
+        publisher.spacing_s, now = 0.5, asyncio.get_running_loop().time()
+        await asyncio.sleep(common_time(now, 0.5) - now)  # so that there is time until the next
         publisher.publish_removed([0])
         assert len(decode(await anext(subscriber))) == 1
         for i in range(3):
@@ -116,6 +117,19 @@ async def test_a_batch_of_dicts_is_published_in_order(runtime):
         stored, removed = decode(await anext(subscriber))
         assert stored.event.data.stored
         assert removed.event.data.removed
+
+
+async def test_what_is_held_is_told_anew_at_another_endpoint(runtime):
+    async with heard(runtime, "kv-events", worker_id=5, enable_local_indexer=True) as (before, _):
+        before.publish_stored([1, 2, 3, 4, 5, 6], [2, 2, 2], [11, 12, 13])
+        before.publish_removed([13])
+        after = KvEventPublisher(runtime.endpoint("dynamo.prefill.generate"), 5, 2, enable_local_indexer=True)
+        after.publish_held(before)
+        assert [event.worker_id for event in after.events_from(0)] == [5]
+        (told,) = [event.event.change.stored for event in after.events_from(0)]
+        assert [block.block_hash for block in told.blocks] == [11, 12]
+        assert [block.tokens_hash for block in told.blocks] == compute_block_hash_for_seq([1, 2, 3, 4], 2)
+        await after.close()
 
 
 async def test_adapters_and_salts_change_the_content_hash(runtime):

@@ -24,7 +24,8 @@ from dynamo.engine.admission import Admission, engine_request_limit
 from dynamo.engine.contract import EngineConfig
 from dynamo.engine.gauges import EngineGauges
 from dynamo.engine.reports import Reports
-from dynamo.engine.serving import EngineWorker, InstanceEndpoint, ServeOptions
+from dynamo.engine.seat import InstanceEndpoint
+from dynamo.engine.serving import EngineWorker, ServeOptions
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType
 from dynamo.llm.protocols.passthrough import OPENAI_BYTES, OpenAIRequest
 from dynamo.llm.registration import register_model, unregister_model
@@ -134,9 +135,8 @@ class TokenWorker(EngineWorker):
     async def leave(self, reason: str) -> None:
         """See `AttachedWorker`."""
         self.dispatcher.close(reason)
-        if self._served is not None:
-            await self._served.stop()
-        await self._withdraw()
+        await self._stop_serving()
+        await self._withdraw(self._seat)
         await self._stop_engine()
 
     async def _stop_engine(self) -> None:

@@ -5,6 +5,7 @@ an engine step out. `dynamo.engine.serving` does the rest (registration, the req
 An engine written as an async generator is adapted by `dynamo.engine.generator`.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -91,3 +92,19 @@ class SplitEngine(LLMEngine, Protocol):
 
     def bind_handoff(self, handoff: Ledger | Claims) -> None:
         """Called once, before `start`."""
+
+
+Submit = Callable[[str, PreprocessedRequest], None]
+"""As `LLMEngine.submit`."""
+
+
+class ChangingEngine(SplitEngine, Protocol):
+    """An engine that can be given another role while it serves."""
+
+    def take_role(self, handoff: Ledger | Claims | None) -> Submit:
+        """The way in for requests of another role; None: for whole requests. Those that came by another way go on as
+        they began, and more may come there.
+
+        Raises:
+            InvalidArgument: it cannot, as it was started; says what would let it.
+        """

@@ -8,21 +8,34 @@ step goes to its streams in one call of `on_outputs`, so that it leaves in one f
 import itertools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
 from dynamo.engine.admission import Admission
-from dynamo.engine.contract import LLMEngine
+from dynamo.engine.contract import LLMEngine, Submit
 from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PreprocessedRequest
 from dynamo.runtime.errors import DynamoException, EngineShutdown, InvalidArgument
-from dynamo.runtime.streams import ResponseStream
+from dynamo.runtime.streams import PushHandler, ResponseStream
 
 log = logging.getLogger(__name__)
 
 MAX_CHOICES = 128  # the limit of the interface that clients know; each choice costs an engine a sequence
 
 Keep = Callable[[PreprocessedRequest], Keeping | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How requests of one role enter the engine. `one_choice`: whatever `n` a request has, it is for others to make the
+    rest (a prefill worker). `keep` lets a prefill worker's KV not expire while the request for it waits outside the
+    engine (a decode worker)."""
+
+    submit: Submit
+    one_choice: bool = False
+    keep: Keep | None = None
+
 
 _decode = msgspec.msgpack.Decoder(PreprocessedRequest).decode
 
@@ -40,10 +53,11 @@ class _Choice:
 class _Request:
     """One stream, and its choices that have not ended yet, by engine id."""
 
-    __slots__ = ("_server", "choices", "followers", "inside", "keeping", "payload", "stream", "usage")
+    __slots__ = ("_server", "choices", "followers", "inside", "keeping", "payload", "stream", "usage", "way")
 
-    def __init__(self, server: "Dispatcher", payload: PreprocessedRequest, stream: ResponseStream) -> None:
+    def __init__(self, server: "Dispatcher", payload: PreprocessedRequest, stream: ResponseStream, way: Way) -> None:
         self._server = server
+        self.way = way
         self.payload = payload
         self.stream = stream
         self.inside = False
@@ -63,19 +77,13 @@ class _Request:
 
 
 class Dispatcher:
-    """The push handler of an engine's endpoint, and the receiver of its outputs. Owns the requests in flight."""
+    """The push handlers of an engine's endpoints, and the receiver of its outputs. Owns the requests in flight."""
 
-    def __init__(
-        self, engine: LLMEngine, admission: Admission, *, one_choice: bool = False, keep: Keep | None = None
-    ) -> None:
-        """`one_choice`: whatever `n` a request has, it is for others to make the rest (a prefill worker). `keep` lets
-        a prefill worker's KV not expire while the request for it waits outside the engine (a decode worker)."""
-        self._keep = keep
+    def __init__(self, engine: LLMEngine, admission: Admission) -> None:
         self._cached_tokens = 0
         self._prompt_tokens = 0
         self._engine = engine
         self._admission = admission
-        self._one_choice = one_choice
         self._choices: dict[str, _Choice] = {}
         self._requests: set[_Request] = set()
         self._closed: str | None = None
@@ -101,13 +109,17 @@ class Dispatcher:
 
     # --- from the wire
 
-    def handle(self, payload: msgspec.Raw, stream: ResponseStream) -> None:
+    def handler(self, way: Way) -> PushHandler:
+        """The push handler of an endpoint whose requests go in this way."""
+        return lambda payload, stream: self._handle(payload, stream, way)
+
+    def _handle(self, payload: msgspec.Raw, stream: ResponseStream, way: Way) -> None:
         """Take one request. Whatever is wrong with it ends its stream with a typed error."""
         if self._closed is not None:
             stream.fail(EngineShutdown(self._closed))
             return
         try:
-            request = _Request(self, _decode(payload), stream)
+            request = _Request(self, _decode(payload), stream, way)
         except msgspec.ValidationError as e:
             stream.fail(InvalidArgument(f"not a preprocessed request: {e}"))
             return
@@ -122,14 +134,14 @@ class Dispatcher:
             stream.fail(e)
             return
         if request in self._requests:  # it may have ended already
-            if self._keep is not None and not request.inside and request.payload.prefill_result is not None:
-                request.keeping = self._keep(request.payload)
+            if way.keep is not None and not request.inside and request.payload.prefill_result is not None:
+                request.keeping = way.keep(request.payload)
             stream.context.on_stop(lambda: self._cancel(request))
 
     def submit(self, request: _Request) -> None:
         """Give all choices of an admitted request to the engine."""
         try:
-            count = 1 if self._one_choice else _num_choices(request.payload)
+            count = 1 if request.way.one_choice else _num_choices(request.payload)
             for index in range(count):
                 engine_id = self._unused_id(request.stream.context.id(), index, count)
                 request.choices[engine_id] = index
@@ -138,7 +150,7 @@ class Dispatcher:
                     request.followers.append(engine_id)
                 else:
                     payload = request.payload if count == 1 else _choice_of(request.payload, index)
-                    self._engine.submit(engine_id, payload)
+                    request.way.submit(engine_id, payload)
         except DynamoException as e:
             self._fail(request, e)
         except Exception as e:
@@ -150,7 +162,7 @@ class Dispatcher:
         followers, request.followers = request.followers, []
         try:
             for engine_id in followers:
-                self._engine.submit(engine_id, _choice_of(request.payload, request.choices[engine_id]))
+                request.way.submit(engine_id, _choice_of(request.payload, request.choices[engine_id]))
         except Exception as e:
             if not isinstance(e, DynamoException):
                 log.exception("the engine did not take request %s", request.stream.context.id())

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from dynamo.engine.role_route import serve_role_route
 from dynamo.engine.serving import EngineWorker
 from dynamo.engine.worker_args import WorkerOptions
 from dynamo.llm.hub import fetch_model
@@ -59,6 +60,8 @@ async def serve_workers(program: str, workers: Sequence[EngineWorker], stagger_s
 
     started = await asyncio.gather(*(start(i, worker) for i, worker in enumerate(workers)))
     running = [worker for worker, is_up in zip(workers, started, strict=True) if is_up]
+    if running:
+        serve_role_route(running[0].runtime, running)
     if len(running) == len(workers):
         say_ready(program, running[0].model_name, running[0].options.worker, len(running))
     return max(await asyncio.gather(*(worker.run() for worker in running)), default=0)

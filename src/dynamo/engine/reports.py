@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dynamo.engine.contract import EngineConfig
 from dynamo.engine.gauges import EngineGauges
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
-from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher
+from dynamo.router.publisher import KvEventPublisher, WorkerMetricsPublisher, common_time
 from dynamo.runtime.component import Endpoint
 
 LOAD_INTERVAL_S = 0.1  # between two reports of one rank's load; a step of a real engine takes 10 to 50 ms
-KV_SPACING_S = 0.02  # between two messages of one rank; a prompt takes longer to compute, so a router learns in time
+KV_SPACING_S = (
+    0.02  # about, between two messages of one rank; a prompt takes longer to compute, so a router learns in time
+)
 
 
 class Reports:
@@ -60,6 +62,13 @@ class Reports:
         for rank in self._ranks:
             self.load(LoadMetrics(self._instance_id, rank, 0))
 
+    def take_over(self, before: "Reports") -> None:
+        """Tell anew what the same engine holds, of which others told elsewhere until now. Nothing may be published by
+        `before` from here on."""
+        for rank, publisher in self._kv.items():
+            if rank in before._kv:
+                publisher.publish_held(before._kv[rank])
+
     def kv_events(self, events: list[KvEventData], dp_rank: int = 0, tier: StorageTier = "device") -> None:
         """See `EngineCallbacks.on_kv_events`."""
         publisher = self._kv.get(dp_rank)
@@ -73,11 +82,11 @@ class Reports:
             load.waiting_requests += self._waiting()
         self._latest[load.dp_rank] = load
         if self._timer is None:
-            delay = self._published_at + LOAD_INTERVAL_S - self._loop.time()
-            if delay <= 0:
+            now = self._loop.time()
+            if now - self._published_at >= LOAD_INTERVAL_S:
                 self._publish_load()
-            else:
-                self._timer = self._loop.call_later(delay, self._publish_load)
+            else:  # when other workers do: a router wakes up once for all
+                self._timer = self._loop.call_at(common_time(now, LOAD_INTERVAL_S), self._publish_load)
 
     def _publish_load(self) -> None:
         self._timer = None

@@ -2,6 +2,7 @@
 
     start:  engine → endpoint in discovery → model card → ready
     serve:  requests to the engine, outputs to streams, events and load to routers
+    change: another role, if the engine can: another endpoint and card, then away from the first (`dynamo.engine.seat`)
     end:    leave discovery → callers look elsewhere → finish what is in flight → stop the engine
 
 An engine that dies takes its worker along: what is in flight fails at once with EngineShutdown, and the exit
@@ -11,7 +12,7 @@ status is 1, so that whatever supervises the process starts a new one.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import or_
@@ -21,22 +22,21 @@ from typing import Any
 import msgspec
 
 from dynamo.engine.admission import Admission, engine_request_limit
-from dynamo.engine.contract import EngineConfig, LLMEngine
-from dynamo.engine.dispatcher import Dispatcher
+from dynamo.engine.contract import EngineConfig, LLMEngine, Submit
+from dynamo.engine.dispatcher import Dispatcher, Way
 from dynamo.engine.gauges import EngineGauges
-from dynamo.engine.handoff import HANDOFF_ENDPOINT, NO_HANDOFF, Ledger
+from dynamo.engine.handoff import NO_HANDOFF
 from dynamo.engine.reports import Reports
+from dynamo.engine.seat import InstanceEndpoint, Seat
 from dynamo.engine.takeover import Claims
-from dynamo.engine.transfer_metrics import DecodeMetrics, PrefillMetrics
-from dynamo.engine.worker_args import DEFAULT_COMPONENT, PREFILL_COMPONENT, WorkerOptions
+from dynamo.engine.worker_args import ROLES, Role, WorkerOptions
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, StopConditions
 from dynamo.llm.registration import register_model, unregister_model
 from dynamo.runtime import DistributedRuntime
-from dynamo.runtime.component import Endpoint, ServedEndpoint
-from dynamo.runtime.errors import DynamoException, EngineShutdown
-from dynamo.runtime.metrics import endpoint_labels
+from dynamo.runtime.component import Endpoint
+from dynamo.runtime.errors import DynamoException, EngineShutdown, InvalidArgument
 from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
@@ -59,18 +59,6 @@ class ServeOptions:
     user_data: dict[str, Any] | None = None
 
 
-class InstanceEndpoint(Endpoint):
-    """An endpoint seen as one of several instances that this process serves."""
-
-    def __init__(self, endpoint: Endpoint, instance_id: int) -> None:
-        super().__init__(endpoint.runtime, endpoint.address)
-        self.instance_id = instance_id
-
-    def connection_id(self) -> int:
-        """The id of this instance."""
-        return self.instance_id
-
-
 class EngineWorker:
     """One engine being served: the `EngineCallbacks` of its engine. Use `serve_engine` unless there is more to do
     between `start` and `run`, such as registering adapters."""
@@ -80,34 +68,37 @@ class EngineWorker:
         self.engine = engine
         self.options = options
         instance_id = runtime.instance_id if options.instance_id is None else options.instance_id
-        self.endpoint = InstanceEndpoint(runtime.endpoint(options.worker.endpoint), instance_id)
         self.config: EngineConfig
         self.dispatcher: Dispatcher
-        self._reports: Reports | None = None
+        self.on_register: list[Callable[[Endpoint, Role], Awaitable[object]]] = []
+        """What else is registered beside the model, wherever the worker serves: adapters."""
         self._gauges: EngineGauges
-        self._served: ServedEndpoint | None = None
         self._death: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._handoff = self._make_handoff()
+        self._changing = asyncio.Lock()
+        self._seat = Seat(runtime, options.worker.disaggregation_mode, options.worker, instance_id)
+        self._seats = {self._seat.role: self._seat}
+        self._reports: Reports | None = None  # where events and load go now
+        self._bind_handoff()
 
-    def _make_handoff(self) -> Ledger | Claims | None:
-        """What an engine needs that is half of a pair. Raises ValueError for an engine that cannot be."""
-        worker, endpoint = self.options.worker, self.endpoint
-        role = worker.disaggregation_mode
-        if role == "agg":
-            return None
+    def _bind_handoff(self) -> None:
+        """Give the engine what it needs to be half of a pair. Raises ValueError for an engine that cannot be."""
+        if self._seat.handoff is None:
+            return
         bind = getattr(self.engine, "bind_handoff", None)
         if bind is None:
-            raise ValueError(f"--disaggregation-mode {role}: this engine does whole requests only; use agg")
-        base = endpoint_labels(endpoint.namespace, endpoint.component, None, endpoint.instance_id)
-        handoff: Ledger | Claims
-        if role == "prefill":
-            path = f"{endpoint.namespace}.{endpoint.component}.{HANDOFF_ENDPOINT}"
-            handoff = Ledger(path, endpoint.instance_id, PrefillMetrics(self.runtime.metrics, base))
-        else:
-            handoff = Claims(self.runtime, DecodeMetrics(self.runtime.metrics, base), worker.on_lost_kv)
-        bind(handoff)
-        return handoff
+            raise ValueError(f"--disaggregation-mode {self.role}: this engine does whole requests only; use agg")
+        bind(self._seat.handoff)
+
+    @property
+    def role(self) -> Role:
+        """Which part of a request's work it does now."""
+        return self._seat.role
+
+    @property
+    def endpoint(self) -> InstanceEndpoint:
+        """Where it serves now."""
+        return self._seat.endpoint
 
     @property
     def model_name(self) -> str:
@@ -136,8 +127,7 @@ class EngineWorker:
                     raise
                 # The end came while it was being offered: `run` sees to it as to any other.
         except BaseException:
-            if self._served is not None:
-                await self._served.stop()
+            await self._stop_serving()
             await self._stop_engine()
             raise
         return True
@@ -166,42 +156,40 @@ class EngineWorker:
             metrics.admission.queued_requests,
             metrics.admission.rejected,
         )
-        role = worker.disaggregation_mode
-        keep = self._handoff.keep if isinstance(self._handoff, Claims) else None
-        self.dispatcher = Dispatcher(self.engine, admission, one_choice=role == "prefill", keep=keep)
+        self.dispatcher = Dispatcher(self.engine, admission)
         self._gauges.hit_rate.set_function(self.dispatcher.hit_rate)
-        self._reports = Reports(
-            self.endpoint, instance_id, config, self._gauges, waiting=lambda: self.dispatcher.num_queued
-        )
-        await self._reports.start()
-        await self._start_handoff()
-        self._served = await self.endpoint.start_push_endpoint(
-            self.dispatcher.handle,
-            metrics_labels=[("model", self.model_name)],
-            health_check_payload=worker.health_check_payload or health_check_request(self.model_name),
-            instance_id=instance_id,
-        )
-        await self._register()
+        await self._open(self._seat, self.engine.submit)
         self._tasks.append(asyncio.get_running_loop().create_task(self._watch_health()))
 
-    async def _start_handoff(self) -> None:
-        """Serve claims before there can be any, or begin to watch who serves them."""
-        if isinstance(self._handoff, Ledger):
-            endpoint = self.runtime.endpoint(self._handoff.endpoint)
-            await endpoint.start_push_endpoint(self._handoff.handle, instance_id=self.endpoint.instance_id)
-        elif isinstance(self._handoff, Claims):
-            component = PREFILL_COMPONENT if self.endpoint.component == DEFAULT_COMPONENT else self.endpoint.component
-            await self._handoff.prepare(f"{self.endpoint.namespace}.{component}.{HANDOFF_ENDPOINT}")
+    async def _open(self, seat: Seat, submit: Submit | None = None) -> None:
+        """Take requests at a seat, and say so. `submit` is its way into the engine, if it has none yet."""
+        if submit is not None:
+            keep = seat.handoff.keep if isinstance(seat.handoff, Claims) else None
+            seat.way = Way(submit, seat.role == "prefill", keep)
+        seat.reports = Reports(
+            seat.endpoint, seat.endpoint.instance_id, self.config, self._gauges, lambda: self.dispatcher.num_queued
+        )
+        await seat.prepare()
+        if self._reports is not None:
+            seat.reports.take_over(self._reports)
+        self._reports = seat.reports
+        await seat.open(
+            self.dispatcher.handler(seat.way),
+            [("model", self.model_name)],
+            self.options.worker.health_check_payload or health_check_request(self.model_name),
+        )
+        await self._register(seat)
 
-    async def _register(self) -> None:
+    async def _register(self, seat: Seat) -> None:
         config, worker = self.config, self.options.worker
+        bootstraps = seat.role == "prefill"
         await register_model(
             ModelInput.Tokens,
             reduce(or_, (_MODEL_TYPES[word] for word in worker.endpoint_types)),
-            self.endpoint,
+            seat.endpoint,
             self.options.model_path,
             self.model_name,
-            worker_type=WORKER_TYPES[worker.disaggregation_mode],
+            worker_type=WORKER_TYPES[seat.role],
             kv_cache_block_size=config.kv_cache_block_size,
             runtime_config=ModelRuntimeConfig(
                 context_length=config.context_length,
@@ -213,13 +201,56 @@ class EngineWorker:
                 enable_local_indexer=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 kv_event_publishing_enabled=config.publishes_kv_events and config.kv_cache_block_size is not None,
                 runtime_data=config.runtime_data,
-                bootstrap_host=config.bootstrap_host,
-                bootstrap_port=config.bootstrap_port,
+                bootstrap_host=config.bootstrap_host if bootstraps else None,
+                bootstrap_port=config.bootstrap_port if bootstraps else None,
             ),
             user_data=self.options.user_data,
             custom_template_path=worker.custom_jinja_template,
             model_aliases=config.model_aliases or None,
         )
+        for register in self.on_register:
+            await register(seat.endpoint, seat.role)
+
+    # --- another role
+
+    async def change_role(self, role: Role) -> None:
+        """Serve as another half of a pair, or as a whole, from now on. Returns once callers can find it there.
+
+        Raises:
+            InvalidArgument: there is no such role, or the engine cannot take it.
+            DynamoException: discovery cannot be used; it serves as before.
+        """
+        if role not in ROLES:
+            raise InvalidArgument(f"role: {role!r} is not one of {', '.join(ROLES)}", "role")
+        async with self._changing:
+            before = self._seat
+            if role == before.role:
+                return
+            if self.runtime.is_shutting_down():
+                raise EngineShutdown("the worker is shutting down")
+            seat = self._seats.get(role)
+            submit = None if seat is not None else self._take_role(role)
+            seat = self._seats[role]
+            try:
+                await self._open(seat, submit)
+            except BaseException:
+                self._reports = before.reports
+                await self._withdraw(seat)
+                await seat.leave()
+                raise
+            self._seat = seat
+            log.warning("this worker is %s now, at %s; before it was %s", role, seat.endpoint.path, before.role)
+            await self._withdraw(before)
+            await before.leave()
+
+    def _take_role(self, role: Role) -> Submit:
+        take: Callable[[object], Submit] | None = getattr(self.engine, "take_role", None)
+        if take is None:
+            raise InvalidArgument(f"role: this engine cannot become {role} while it serves", "role")
+        seat = Seat(self.runtime, role, self.options.worker, self.endpoint.instance_id)
+        submit = take(seat.handoff)
+        self._seats[role] = seat
+        return submit
 
     # --- the engine's answers
 
@@ -252,7 +283,7 @@ class EngineWorker:
 
     def callers_are_behind(self) -> bool:
         """Whether no caller keeps up. An engine that could fill any socket may wait then."""
-        return self._served is not None and self.dispatcher.callers_are_behind()
+        return self._reports is not None and self.dispatcher.callers_are_behind()
 
     async def _watch_health(self) -> None:
         """An engine may die without a word."""
@@ -274,7 +305,7 @@ class EngineWorker:
         """Serve until the runtime has shut down, in order, or the engine died. Returns the exit status, 0 or 1."""
         await self.runtime.wait_shutdown()
         began = time.monotonic()
-        await self._withdraw()
+        await self._withdraw(self._seat)
         await self.runtime.wait_drained()
         self._gauges.drain_time.set(time.monotonic() - began)
         began = time.monotonic()
@@ -282,21 +313,24 @@ class EngineWorker:
         self._gauges.cleanup_time.set(time.monotonic() - began)
         return 1 if self._death else 0
 
-    async def _withdraw(self) -> None:
+    async def _withdraw(self, seat: Seat) -> None:
         """Take the model card out, so that frontends stop offering the model if this was its last worker."""
         try:
-            await unregister_model(self.endpoint)
+            await unregister_model(seat.endpoint)
         except DynamoException as e:
             log.warning("withdrawing the model card: %s; it will expire", e)
 
+    async def _stop_serving(self) -> None:
+        """Take no more requests, and kill what is in flight."""
+        if self._seat.served is not None:
+            await self._seat.served.stop()
+
     async def _stop_engine(self) -> None:
-        if isinstance(self._handoff, Ledger):
-            self._handoff.close()
+        for seat in self._seats.values():
+            await seat.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._reports is not None:
-            await self._reports.close()
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self.engine.stop()

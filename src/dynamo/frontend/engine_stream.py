@@ -256,7 +256,7 @@ class EngineStream:
             self.context.kill()
             if self.remote is not None:
                 self.remote.cancel()
-                if self.remote.waits:
+                if self.completion_tokens <= 1:  # the decode worker may not have claimed it
                     self._give_up_handle()
             if self.route is not None:
                 self.route.cancel()

@@ -138,7 +138,8 @@ class RemotePrefill:
         """Nobody wants it any more: the worker stops within a step, and gives its KV to others."""
         if not self.ended:
             self.ended = True
-            self._context.kill()
+            # Not a kill, after which nothing is heard: the handle may be on its way already.
+            self._context.stop_generating()
             if self.route is not None:
                 self.route.cancel()
         if (handle := self.take_handle()) is not None:
@@ -167,6 +168,7 @@ class RemotePrefill:
     def on_item(self, item: msgspec.Raw) -> None:
         """See `StreamSink`."""
         if self.ended:
+            self._too_late(item)
             return
         try:
             output = _decode(item)
@@ -182,6 +184,15 @@ class RemotePrefill:
             self._fail(StreamIncomplete("the prefill worker made a first token and kept nothing to go on from"))
         else:
             self._finish(output)
+
+    def _too_late(self, item: msgspec.Raw) -> None:
+        """It was cancelled. KV that was kept all the same is given back."""
+        try:
+            handle = _decode(item).disaggregated_params
+        except msgspec.DecodeError:
+            return
+        if handle is not None:
+            self.give_back(handle)
 
     def _finish(self, output: EngineOutput) -> None:
         if self._early is not None and not output.token_ids:  # the token came before the end of its request

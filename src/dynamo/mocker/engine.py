@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from dynamo.engine.contract import EngineCallbacks, EngineConfig
+from dynamo.engine.contract import EngineCallbacks, EngineConfig, Submit
 from dynamo.engine.handoff import DEFAULT_LEASE_S, Ledger
 from dynamo.engine.takeover import Claims
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
@@ -110,16 +110,28 @@ class MockerEngine:
         ]
         self._ranks: list[_Rank] = []
         self._role: Prefill | Decode | None = None
+        self._roles: list[Prefill | Decode] = []  # all that it has had
+        self._role_of: dict[str, Prefill | Decode] = {}  # request id → the half of a pair that it is done as
         self._bootstrap: BootstrapServer | None = None
 
     def bind_handoff(self, handoff: Ledger | Claims) -> None:
         """See `SplitEngine`."""
+        self._role = self._make_role(handoff)
+
+    def take_role(self, handoff: Ledger | Claims | None) -> Submit:
+        """See `ChangingEngine`."""
+        return partial(self._submit_as, None if handoff is None else self._make_role(handoff))
+
+    def _make_role(self, handoff: Ledger | Claims) -> Prefill | Decode:
         config = self.config
         layout = layout_of(config.served_model_name, config.scheduler.block_size)
+        role: Prefill | Decode
         if isinstance(handoff, Claims):
-            self._role = Decode(self, handoff, layout, config.transfer)
+            role = Decode(self, handoff, layout, config.transfer)
         else:
-            self._role = Prefill(self, handoff, layout, config.transfer, config.lease_s)
+            role = Prefill(self, handoff, layout, config.transfer, config.lease_s)
+        self._roles.append(role)
+        return role
 
     async def start(self, callbacks: EngineCallbacks) -> EngineConfig:
         """See `LLMEngine.start`."""
@@ -147,8 +159,12 @@ class MockerEngine:
 
     def submit(self, request_id: str, request: PreprocessedRequest) -> None:
         """See `LLMEngine.submit`."""
-        if self._role is not None:
-            self._role.submit(request_id, request)
+        self._submit_as(self._role, request_id, request)
+
+    def _submit_as(self, role: Prefill | Decode | None, request_id: str, request: PreprocessedRequest) -> None:
+        if role is not None:
+            role.submit(request_id, request)
+            self._role_of[request_id] = role
         elif request.prefill_result is not None or request.bootstrap_info is not None:
             raise InvalidArgument(
                 "this worker computes prompts itself; it cannot take over another worker's prefill", "prefill_result"
@@ -192,20 +208,28 @@ class MockerEngine:
 
     def fail(self, request_id: str, error: Exception) -> None:
         """End a request that no scheduler has."""
+        self._role_of.pop(request_id, None)
         self.callbacks.on_error(request_id, error)
 
     def deliver(self, outputs: list[tuple[str, EngineOutput]]) -> None:
         """Hand on what a step made."""
-        role = self._role
-        if role is not None:
-            outputs = [(request_id, output) for request_id, output in outputs if role.on_output(request_id, output)]
+        if self._roles:
+            outputs = [(request_id, output) for request_id, output in outputs if self._shows(request_id, output)]
         if outputs:
             self.callbacks.on_outputs(outputs)
 
+    def _shows(self, request_id: str, output: EngineOutput) -> bool:
+        """Whether the caller is to see it, once its role has looked at it."""
+        role = self._role_of.get(request_id)
+        if output.finish_reason is not None:
+            self._role_of.pop(request_id, None)
+        return role is None or role.on_output(request_id, output)
+
     def abort(self, request_id: str) -> None:
         """See `LLMEngine.abort`."""
-        if self._role is not None:
-            self._role.forget(request_id)
+        role = self._role_of.pop(request_id, None)
+        if role is not None:
+            role.forget(request_id)
         for rank in self._ranks:
             if rank.scheduler.abort(request_id):
                 rank.wake()
@@ -218,8 +242,8 @@ class MockerEngine:
 
     async def stop(self) -> None:
         """See `LLMEngine.stop`."""
-        if self._role is not None:
-            await self._role.close()
+        for role in self._roles:
+            await role.close()
         for rank in self._ranks:
             rank.stop()
         self._ranks = []

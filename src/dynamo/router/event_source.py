@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from dynamo.llm.kv_events import KvEvent, RouterEvent
+from dynamo.llm.kv_events import KvEvent, KvEventData, RouterEvent, StorageTier
 from dynamo.router.recovery import (
     Ask,
     Retold,
@@ -101,10 +101,13 @@ class EventSource:
             return _parts("events", following, past)
         return _parts("dump", following, self._account())
 
+    def held(self) -> Iterable[tuple[StorageTier, KvEventData]]:
+        """All that the cache holds now, as the changes that would make it so."""
+        return self._held.dump(self._worker)
+
     def _account(self) -> Iterator[RouterEvent]:
         worker_id, rank = self._worker
-        changes = self._held.dump(self._worker)
-        return (RouterEvent(worker_id, KvEvent(i, data, rank), tier) for i, (tier, data) in enumerate(changes))
+        return (RouterEvent(worker_id, KvEvent(i, data, rank), tier) for i, (tier, data) in enumerate(self.held()))
 
     # --- serving it
 

@@ -72,12 +72,17 @@ class _Channel:
             await self._source.close()
 
 
+def common_time(now: float, spacing_s: float) -> float:
+    """The next of the times, `spacing_s` apart by the loop's clock, at which all publishers of a machine speak."""
+    return (now // spacing_s + 1) * spacing_s
+
+
 class KvEventPublisher:
     """Publishes one rank's KV events, numbered from 0 by one for each rank of a worker.
 
     Events of one turn of the event loop leave as one message; with `batching_timeout_ms` those of that time do. With
-    `spacing_s` a message leaves at most that often: events after a silence go at once, those that follow wait for each
-    other, and a router pays once for many.
+    `spacing_s` a message leaves about that often: events after a silence go at once, those that follow wait for each
+    other and for a time that all publishers of a machine have in common, and a router pays and wakes up once for many.
     With `enable_local_indexer` the worker tells routers that missed some again, or all that it holds (facts row K16):
     without it a router that missed an event starts anew with this worker. Needs a running event loop.
     """
@@ -136,8 +141,18 @@ class KvEventPublisher:
         if len(self._batch) >= MAX_BATCH:
             self._flush()
         elif self._batch and self._timer is None:
-            delay = self._delay_s or self._sent_at + self.spacing_s - self._loop.time()
-            self._timer = self._loop.call_later(delay, self._flush) if delay > 0 else self._loop.call_soon(self._flush)
+            wait_s = self._delay_s or self._spacing_left_s()
+            self._timer = self._loop.call_later(wait_s, self._flush) if wait_s else self._loop.call_soon(self._flush)
+
+    def publish_held(self, other: "KvEventPublisher") -> None:
+        """Publish all blocks that another publisher of the same rank has told of and that are held still."""
+        if other._source is not None:
+            for tier, change in other._source.held():
+                self.publish([change], tier)
+
+    def _spacing_left_s(self) -> float:
+        now = self._loop.time()
+        return 0.0 if now - self._sent_at >= self.spacing_s else common_time(now, self.spacing_s) - now
 
     def publish_stored(
         self,

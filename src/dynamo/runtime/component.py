@@ -242,11 +242,15 @@ class ServedEndpoint:
             runtime.server.stay(self.route.path)
             await runtime.discovery.put(self.key, record, create=True)
             self._registered = True
+            if self._canary is not None:
+                self._canary.start()
 
     async def unregister(self) -> None:
         """Let no new caller find it, and ask connected ones to look elsewhere. Raises DiscoveryError."""
         if self._registered:
             self._registered = False
+            if self._canary is not None:
+                await self._canary.stop()  # it would not find the way any more, and think ill of the endpoint
             self.endpoint.runtime.server.leave(self.route.path)
             await self.endpoint.runtime.discovery.delete(self.key)
 
@@ -275,9 +279,14 @@ class ServedEndpoint:
         self.route.admitting = False
         self.route.abort(f"{self.endpoint.path}: {reason}")
         runtime = self.endpoint.runtime
-        runtime.health.remove_endpoint(self.endpoint.name, self.instance_id)
         runtime.forget(self)
+        if not any(self._is_known_as(other) for other in runtime.served):
+            runtime.health.remove_endpoint(self.endpoint.name, self.instance_id)
         self._done.set()
+
+    def _is_known_as(self, other: "ServedEndpoint") -> bool:
+        """Whether health cannot tell the two apart: one instance in two components, while it moves."""
+        return (self.endpoint.name, self.instance_id) == (other.endpoint.name, other.instance_id)
 
     async def finished(self) -> None:
         """Wait until it is no longer served."""
