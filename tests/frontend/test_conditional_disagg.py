@@ -166,9 +166,11 @@ async def test_how_long_kv_travels_is_learnt_from_decode_workers(start_pair: Sta
     wire = await pair.post(LONG)
     decoding = await pair.prefilled()
     decoding.send(token_ids=[201], engine_data={"kv_transfer": {"tokens": 400, "bytes": 4000, "seconds": 0.1}})
+    await eventually(lambda: pair.workers.transfer.seen == 1)
+    assert pair.workers.router is not None
+    assert pair.workers.router.scheduler.load.prefill_requests == [0]  # it decodes, and would be held up
     decoding.answer("there")
     await wire.read()
-    assert pair.workers.transfer.seen == 1
     assert pair.workers.transfer.seconds(1000) > before
     (status,) = [s for s in (await fetch(pair.service.port, "/status")).json()["models"]["tiny"] if s["split"]]
     assert status["split"]["policy"] == "isl_bounding"
