@@ -36,6 +36,7 @@ class Worker:
     process: Process
     log_file: Path
     client: Client | None = None
+    instance_id: int = 0
 
     @classmethod
     async def start(cls, model: Path, log_file: Path, environ: Mapping[str, str], *flags: str) -> "Worker":
@@ -52,16 +53,27 @@ class Worker:
         found = re.search(r"vllm is ready: \S+ by 1 worker at dyn://(\S+)", self.log())
         assert found
         self.client = await runtime.endpoint(found.group(1)).client()
-        await self.client.wait_for_instances(10)
+        (self.instance_id,) = await self.client.wait_for_instances(10)
+
+    async def become(self, runtime: DistributedRuntime, role: str) -> None:
+        """Tell it to change its role, and find it at its new place."""
+        (told,) = (await asyncio.to_thread(_post, f"{self.system_url()}/engine/role", {"role": role}))["workers"]
+        assert (told["role"], told["worker_id"]) == (role, self.instance_id)
+        self.client = client = await runtime.endpoint(told["endpoint"]).client()
+        await until(lambda: self.instance_id in client.instance_ids(), 10, self)
 
     def log(self) -> str:
         return self.log_file.read_text(errors="replace")
 
-    async def metrics(self) -> dict[str, float]:
-        """All series by name and labels."""
+    def system_url(self) -> str:
+        """Where its system server is."""
         found = re.search(r"listens on (http://\S+)", self.log())
         assert found
-        text = await asyncio.to_thread(_get, found.group(1) + "/metrics")
+        return found.group(1)
+
+    async def metrics(self) -> dict[str, float]:
+        """All series by name and labels."""
+        text = await asyncio.to_thread(_get, self.system_url() + "/metrics")
         return {
             series: float(value)
             for series, _, value in (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
@@ -121,11 +133,18 @@ def _get(url: str) -> str:
     return body.decode()
 
 
+def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(url, msgspec.json.encode(body), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as response:
+        return dict(msgspec.json.decode(response.read()))
+
+
 async def ask(worker: Worker, wanted: PreprocessedRequest) -> Answer:
     """All items of an answer. Raises what the worker raised."""
     assert worker.client is not None
     async with asyncio.timeout(ANSWER_S):
-        return [item async for item in await worker.client.generate(msgspec.to_builtins(wanted), annotated=False)]
+        body = msgspec.to_builtins(wanted)
+        return [item async for item in await worker.client.direct(body, worker.instance_id, annotated=False)]
 
 
 def tokens(items: Answer, index: int = 0) -> list[int]:

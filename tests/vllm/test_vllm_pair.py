@@ -346,6 +346,33 @@ async def test_a_cancelled_request_leaves_nothing_behind(pair: Pair) -> None:
     await pair.nothing_held()
 
 
+async def test_workers_swap_their_roles_while_they_answer(pair: Pair) -> None:
+    wanted = [asked(words(730 + i, 320), 20) for i in range(4)]
+    right = [tokens(await ask(pair.plain, one)) for one in wanted]
+    long = asked(words(740, 50), 600)
+    answering = asyncio.ensure_future(split(pair.prefiller, pair.cached, long))
+    seen = pair.cached.log().count("first token after")
+    await until(lambda: pair.cached.log().count("first token after") > seen, 30, pair.cached)
+    kept = await prefill(pair.prefiller, wanted[0])
+
+    await pair.cached.become(pair.runtime, "prefill")
+    assert await split(pair.cached, pair.plain, wanted[1]) == right[1]
+    await pair.prefiller.become(pair.runtime, "decode")
+    assert await split(pair.cached, pair.prefiller, wanted[2]) == right[2]
+    # What the one kept while it was a prefill worker is there, and what the other answered as a decode worker goes on.
+    assert [*kept["token_ids"], *tokens(await ask(pair.plain, resumed(wanted[0], kept)))] == right[0]
+    assert not answering.done()
+
+    await pair.prefiller.become(pair.runtime, "prefill")
+    await pair.cached.become(pair.runtime, "decode")
+    assert await split(pair.prefiller, pair.cached, wanted[3]) == right[3]
+    assert await answering == tokens(await ask(pair.plain, long))
+    assert await pair.prefiller.metric("dynamo_component_kv_transfer_success_total") == 1
+    assert await pair.cached.metric("dynamo_component_kv_handles_ended_total", end="read") == 2
+    assert await pair.cached.held() == (0.0, 0.0)
+    await pair.nothing_held()
+
+
 async def test_a_decode_worker_that_dies_while_it_fetches_leaves_nothing_behind(pair: Pair) -> None:
     wanted = asked(words(711, 320))
     answered = pair.plain.log().count("first token after")

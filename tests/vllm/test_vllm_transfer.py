@@ -17,7 +17,7 @@ from dynamo.vllm.driver import FIRST_TOKEN
 from dynamo.vllm.first_token import FirstToken
 from dynamo.vllm.kv_directory import LEFT_BEHIND_S, file_path, open_directory
 from dynamo.vllm.kv_files import FileConnector
-from dynamo.vllm.transport import TransferOptions, choose
+from dynamo.vllm.transport import TransferOptions, Transport, choose
 
 pytestmark = pytest.mark.vllm
 
@@ -303,3 +303,18 @@ def test_a_request_that_came_meanwhile_is_not_kept_waiting() -> None:
     core.input_queue.queue.append("request")
     core.step()
     assert core.waits.waited == []
+
+
+# --- another role
+
+
+def test_an_engine_without_a_way_for_kv_keeps_its_role_and_says_what_would_help() -> None:
+    assert "start it with --kv-transport" in str(transport.why_no_change(None, None))
+
+
+@pytest.mark.parametrize(("kv_role", "can"), [("kv_both", True), ("kv_producer", False), ("kv_consumer", False)])
+def test_a_connector_of_the_users_for_one_role_keeps_it(kv_role: str, can: bool) -> None:
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_role=kv_role))
+    why = transport.why_no_change(config, Transport("ExampleConnector", "the user says so"))
+    assert (why is None) == can
+    assert can or kv_role in str(why)

@@ -1,7 +1,7 @@
 """How is a worker told over HTTP to become another half of a pair? `/engine/role` of the system server.
 
-    GET /engine/role                        what the workers of this process are, and where
-    POST /engine/role {"role": "prefill"}   make them so; {"role": …, "worker_id": N} one of them
+GET /engine/role                        what the workers of this process are, and where
+POST /engine/role {"role": "prefill"}   make them so; {"role": …, "worker_id": N} one of them
 """
 
 from collections.abc import Sequence

@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dynamo.engine.contract import EngineCallbacks, EngineConfig
+from dynamo.engine.contract import EngineCallbacks, EngineConfig, Submit
 from dynamo.engine.handoff import Ledger
 from dynamo.engine.takeover import Claims
+from dynamo.engine.transfer_metrics import DecodeMetrics
 from dynamo.engine.zmq_kv_events import KvEventRelay, TieredEvents, local_endpoint
 from dynamo.llm.kv_events import LoadMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
@@ -27,7 +28,7 @@ from dynamo.vllm.driver import SCRATCH_ENV, SPIN_LESS_ENV, Driver, DriverRequest
 from dynamo.vllm.lora import Adapters
 from dynamo.vllm.roles import Decode, Prefill, Role, Whole
 from dynamo.vllm.transfer import KvUpkeep, count_transfers, describe
-from dynamo.vllm.transport import Transport, kv_bytes_per_token, layout_of
+from dynamo.vllm.transport import Transport, kv_bytes_per_token, layout_of, why_no_change
 from dynamo.vllm.vllm_metrics import prometheus_text
 
 log = logging.getLogger(__name__)
@@ -48,23 +49,40 @@ class VllmEngine:
         self._shared: set[str] = set()
         self._sockets: tempfile.TemporaryDirectory[str] | None = None
         self._waiting_prefill: dict[str, int] = {}  # request id → prompt tokens, until its first output
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, Role] = {}  # request id → the role that it is done in
         self._prefill_tokens = 0
         self._kv_blocks = 0
         self._max_len = 0
         self._loads: dict[int, EngineLoad] = {}
         self._warned_priority = False
         self._role: Role = Whole(self)
+        self._splits = False  # whether some role looks at outputs
+        self._decode_metrics: DecodeMetrics | None = None
         self._upkeep: KvUpkeep | None = None
         self.transport: Transport | None = None
 
     def bind_handoff(self, handoff: Ledger | Claims) -> None:
         """See `SplitEngine`. `transport` must be set, as `dynamo.vllm.transport.configure` chose it."""
+        self._role = self._make_role(handoff)
+
+    def take_role(self, handoff: Ledger | Claims | None) -> Submit:
+        """See `ChangingEngine`."""
+        if handoff is None:
+            return partial(self._submit_as, Whole(self))
+        why = why_no_change(self.vllm_config, self.transport)
+        if why is not None:
+            raise InvalidArgument(f"role: {why}", "role")
+        role = self._make_role(handoff)
+        self._set_up_role(role)
+        return partial(self._submit_as, role)
+
+    def _make_role(self, handoff: Ledger | Claims) -> Prefill | Decode:
+        self._splits = True
         if isinstance(handoff, Claims):
-            self._role = Decode(self, handoff, lambda: int(self.vllm_config.model_config.get_vocab_size()))
-        else:
-            self._role = Prefill(self, handoff, float(self.options.transfer.lease_s))
-            handoff.free = self._free_kv
+            self._decode_metrics = handoff.metrics
+            return Decode(self, handoff, lambda: int(self.vllm_config.model_config.get_vocab_size()))
+        handoff.free = self._free_kv
+        return Prefill(self, handoff, float(self.options.transfer.lease_s))
 
     # -- the engine contract -------------------------------------------------------------------------------------
 
@@ -92,7 +110,9 @@ class VllmEngine:
         except BaseException:
             await self.stop()
             raise
-        self._set_up_role(config)
+        if self.transport is not None:
+            self._upkeep = KvUpkeep(self._driver, self.transport)
+        self._set_up_role(self._role)
         self._kv_blocks = config.cache_config.num_gpu_blocks or 0
         self._max_len = config.model_config.max_model_len
         if self._max_len < context:
@@ -106,12 +126,15 @@ class VllmEngine:
         return self._describe(config)
 
     def submit(self, request_id: str, request: PreprocessedRequest) -> None:
+        self._submit_as(self._role, request_id, request)
+
+    def _submit_as(self, role: Role, request_id: str, request: PreprocessedRequest) -> None:
         from dynamo.vllm.sampling import sampling_params
 
         self._running()
         self._refuse_unsupported(request)
         routing = request.routing
-        request = self._role.adapt(request)
+        request = role.adapt(request)
         params = sampling_params(request, self._defaults, self._grammar_backend)
         dp_rank = routing.dp_rank if routing else None
         if dp_rank is not None and self._dp_size() == 1:
@@ -126,8 +149,8 @@ class VllmEngine:
             dp_rank=dp_rank,
             eos_token_ids=frozenset(request.eos_token_ids),
         )
-        self._role.submit(wanted, request)
-        self._in_flight.add(request_id)
+        role.submit(wanted, request)
+        self._in_flight[request_id] = role
 
     def abort(self, request_id: str) -> None:
         if request_id not in self._in_flight or self._driver is None:
@@ -158,30 +181,32 @@ class VllmEngine:
     # -- what a driver reports -----------------------------------------------------------------------------------
 
     def on_step(self, outputs: list[tuple[str, EngineOutput]]) -> None:
-        role = self._role
         seen = outputs
-        if not isinstance(role, Whole):
-            seen = [(request_id, output) for request_id, output in outputs if role.on_output(request_id, output)]
+        if self._splits:
+            seen = [(request_id, output) for request_id, output in outputs if self._shows(request_id, output)]
         for request_id, output in seen:
             if request_id in self._waiting_prefill:
                 self._prefill_tokens -= self._waiting_prefill.pop(request_id)
-            if output.finish_reason is not None:
-                self._in_flight.discard(request_id)
+            if output.finish_reason is not None and (role := self._in_flight.pop(request_id, None)) is not None:
                 role.forget(request_id)
         if seen:
             self._callbacks.on_outputs(seen)
 
+    def _shows(self, request_id: str, output: EngineOutput) -> bool:
+        """Whether the caller is to see it, once its role has looked at it."""
+        role = self._in_flight.get(request_id)
+        return role is None or role.on_output(request_id, output)
+
     def on_kept(self, params: dict[str, Any]) -> None:
-        if isinstance(self._role, Prefill):
-            self._role.give_back(params)
+        self._free_kv(params, "released")
 
     def on_failed(self, request_id: str, error: Exception) -> None:
         self.fail(request_id, error)
 
     def on_engine_load(self, load: EngineLoad) -> None:
         self._loads[load.dp_rank] = load
-        if load.transfers and isinstance(self._role, Decode):
-            count_transfers(load.transfers, self._role.claims.metrics)
+        if load.transfers and self._decode_metrics is not None:
+            count_transfers(load.transfers, self._decode_metrics)
         blocks = round(load.kv_usage * self._kv_blocks / self._dp_size())
         self._callbacks.on_load(
             LoadMetrics(
@@ -254,26 +279,27 @@ class VllmEngine:
         return self._driver
 
     def _forget(self, request_id: str) -> None:
-        self._in_flight.discard(request_id)
+        role = self._in_flight.pop(request_id, None)
         self._prefill_tokens -= self._waiting_prefill.pop(request_id, 0)
-        self._role.forget(request_id)
+        if role is not None:
+            role.forget(request_id)
 
-    def _set_up_role(self, config: Any) -> None:
-        """Tell the role what only a started engine knows."""
-        if self.transport is None:
+    def _set_up_role(self, role: Role) -> None:
+        """Tell a role what only a started engine knows."""
+        config = self.vllm_config
+        if self.transport is None or self._upkeep is None:
             return
         layout = layout_of(config, self.transport, vllm_version())
-        self._upkeep = KvUpkeep(self._running(), self.transport)
-        if isinstance(self._role, Decode):
-            self._role.claims.layout = layout
+        if isinstance(role, Decode):
+            role.claims.layout = layout
             if self.transport.is_ours:
-                self._role.longest = config.model_config.max_model_len - 2  # room for the first token and another
-        elif isinstance(self._role, Prefill):
-            self._role.layout = layout
-            self._role.engine_id = str(config.kv_transfer_config.engine_id)
-            self._role.bytes_per_token = kv_bytes_per_token(config)
-            self._role.renewable = self._upkeep.renewable
-            self._role.ledger.extend = self._upkeep.renew if self.transport.directory is None else None
+                role.longest = config.model_config.max_model_len - 2  # room for the first token and another
+        elif isinstance(role, Prefill):
+            role.layout = layout
+            role.engine_id = str(config.kv_transfer_config.engine_id)
+            role.bytes_per_token = kv_bytes_per_token(config)
+            role.renewable = self._upkeep.renewable
+            role.ledger.extend = self._upkeep.renew if self.transport.directory is None else None
 
     def _free_kv(self, params: Any, how: str) -> None:
         if self._upkeep is not None:

@@ -46,7 +46,10 @@ _agent_config = base_worker.nixl_agent_config
 
 
 def _without_progress_thread(**settings: Any) -> Any:
-    return _agent_config(enable_prog_thread=False, **(settings | {"num_threads": 0}))
+    from nixl._api import nixl_thread_sync_t  # type: ignore[import-untyped]
+
+    sync_mode = nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT  # for the thread of ours
+    return _agent_config(enable_prog_thread=False, **(settings | {"num_threads": 0, "sync_mode": sync_mode}))
 
 
 base_worker.nixl_agent_config = _without_progress_thread
@@ -92,8 +95,8 @@ class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
 
 
 class _Listening:
-    """A NIXL agent that hears its readers while the engine computes. Only its own thread calls `get_new_notifs`, and
-    a worker that keeps KV for others calls nothing else of the agent while it serves."""
+    """A NIXL agent that hears its readers while the engine computes. While KV is kept its thread calls
+    `get_new_notifs`; what the worker calls meanwhile, to read KV itself, NIXL keeps apart from that (`sync_mode`)."""
 
     def __init__(self, agent: Any) -> None:
         self._agent = agent
@@ -123,6 +126,9 @@ class _Listening:
         while self._heard:
             for agent, messages in self._heard.popleft().items():
                 found.setdefault(agent, []).extend(messages)
+        if not self._wanted.is_set():  # what was begun gets on by it
+            for agent, messages in self._agent.get_new_notifs().items():
+                found.setdefault(agent, []).extend(messages)
         return found
 
     def _listen(self) -> None:
@@ -141,15 +147,12 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
         self._given_back: set[str] = set()
         self._read_until: dict[tuple[str, str], float] = {}  # (their engine, its request) → monotonic time
         self._lease_extension: int = self.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
-        self._listening: _Listening | None = None
-        if self.kv_transfer_config.kv_role == "kv_producer":
-            self._listening = _Listening(self.nixl_wrapper)
-            self.nixl_wrapper: Any = self._listening
+        self._listening = _Listening(self.nixl_wrapper)
+        self.nixl_wrapper: Any = self._listening
 
     def start_load_kv(self, metadata: Any) -> None:
         super().start_load_kv(metadata)
-        if self._listening is not None:
-            self._listening.listen(bool(self._reqs_to_process))
+        self._listening.listen(bool(self._reqs_to_process))
 
     def await_reads(self, limit_s: float) -> None:
         """Let the reads that were begun get on, until they are done or time is up."""
@@ -166,8 +169,7 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
             return False
 
     def shutdown(self) -> None:
-        if self._listening is not None:
-            self._listening.stop()
+        self._listening.stop()
         super().shutdown()
 
     def give_back(self, request_ids: list[str]) -> None:

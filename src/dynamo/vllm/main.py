@@ -7,19 +7,22 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 
 import msgspec
 
+from dynamo.engine.contract import EngineConfig
 from dynamo.engine.program import run_program
+from dynamo.engine.role_route import serve_role_route
 from dynamo.engine.serving import WORKER_TYPES, EngineWorker, ServeOptions
-from dynamo.engine.worker_args import WorkerOptions, dump_config
+from dynamo.engine.worker_args import Role, WorkerOptions, dump_config
 from dynamo.llm.hub import fetch_model
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType
 from dynamo.llm.registration import register_model
 from dynamo.runtime import DistributedRuntime
+from dynamo.runtime.component import Endpoint
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm import args, transport
 from dynamo.vllm.args import PROG, VllmOptions
@@ -54,7 +57,7 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
         raise ValueError(f"--model: {e}") from None
     args.settle(options, directory)
     chosen = None
-    if worker_options.disaggregation_mode != "agg":
+    if worker_options.disaggregation_mode != "agg" or options.transfer.transport != "auto":
         chosen = await asyncio.to_thread(transport.configure, options.engine_args, worker_options, options.transfer)
     dump_config(worker_options.dump_config_to, _in_effect(worker_options, options))
     from dynamo.vllm.engine import VllmEngine
@@ -71,7 +74,10 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
             raise
         raise ValueError(f"vLLM could not start with this model and these flags: {why(e)}") from e
     for name in engine.lora_names:
-        await _register_adapter(worker, worker_options, directory, name)
+        register = partial(_register_adapter, worker.config, worker_options, directory, name)
+        worker.on_register.append(register)
+        await register(worker.endpoint, worker.role)
+    serve_role_route(runtime, [worker])
     for route, callback in engine.controls().items():
         runtime.register_engine_route(route, callback)
     runtime.metrics.add_text_source(
@@ -88,15 +94,16 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
         gc.unfreeze()  # or Triton's bindings fill the screen with what they call leaks
 
 
-async def _register_adapter(worker: EngineWorker, worker_options: WorkerOptions, directory: Path, name: str) -> None:
-    config = worker.config
+async def _register_adapter(
+    config: EngineConfig, worker_options: WorkerOptions, directory: Path, name: str, endpoint: Endpoint, role: Role
+) -> None:
     await register_model(
         ModelInput.Tokens,
         reduce(or_, (_TYPES[word] for word in worker_options.endpoint_types)),
-        worker.endpoint,
+        endpoint,
         str(directory),
         config.served_model_name or config.model,
-        worker_type=WORKER_TYPES[worker_options.disaggregation_mode],
+        worker_type=WORKER_TYPES[role],
         kv_cache_block_size=config.kv_cache_block_size,
         runtime_config=ModelRuntimeConfig(
             context_length=config.context_length,

@@ -101,7 +101,6 @@ def configure(args: Any, worker: WorkerOptions, options: TransferOptions) -> Tra
     from vllm.config import KVTransferConfig
 
     chosen = choose(options, args.kv_transfer_config)
-    role = worker.disaggregation_mode
     if args.kv_transfer_config is None:
         extra: dict[str, Any] = {"kv_lease_duration": options.lease_s}
         if chosen.directory is not None:
@@ -109,15 +108,28 @@ def configure(args: Any, worker: WorkerOptions, options: TransferOptions) -> Tra
         args.kv_transfer_config = KVTransferConfig(
             kv_connector="HeldNixlConnector" if chosen.name == "nixl" else "FileConnector",
             kv_connector_module_path="dynamo.vllm.kv_nixl" if chosen.name == "nixl" else "dynamo.vllm.kv_files",
-            kv_role="kv_producer" if role == "prefill" else "kv_consumer",
+            kv_role="kv_both",  # so that it can change its role
             kv_load_failure_policy="fail" if worker.on_lost_kv == "error" else "recompute",
             kv_connector_extra_config=extra,
         )
     os.environ.setdefault(_HOST_ENV, options.host)
-    if role == "decode" and args.speculative_config is None:  # vLLM takes no processor beside speculation
+    if args.speculative_config is None:  # vLLM takes no processor beside speculation
         args.logits_processors = [*(args.logits_processors or ()), _PROCESSOR]
     log.warning("KV passes by %s: %s", chosen.name, chosen.why)
     return chosen
+
+
+def why_no_change(config: Any, chosen: Transport | None) -> str | None:
+    """Why an engine with this `VllmConfig` cannot take another role while it serves; None if it can."""
+    if chosen is None:
+        return (
+            "this worker was started to do whole requests and has no way for KV; start it with --kv-transport nixl "
+            "or shm, or as one half of a pair"
+        )
+    role = config.kv_transfer_config.kv_role
+    if role != "kv_both":
+        return f"this worker's --kv-transfer-config says kv_role {role}; with kv_both it could"
+    return None
 
 
 def layout_of(config: Any, transport: Transport, version: str) -> Layout:
