@@ -82,6 +82,12 @@ class Deployment:
         except (OSError, ValueError):
             return None
 
+    def text(self, path: str) -> str:
+        """The text of a GET."""
+        with urllib.request.urlopen(self.base + path, timeout=5) as response:
+            text: str = response.read().decode()
+            return text
+
     def models(self) -> set[str]:
         return {m["id"] for m in (self.get("/v1/models") or {"data": []})["data"]}
 

@@ -132,11 +132,11 @@ class Answer(ABC):
         """Notice workers that have been silent for too long. Called about once a second."""
         silent_s = now - self.active_at
         if silent_s > self.limits.stream_timeout_s and not self.closed:
-            self.fail(
-                ConnectionTimeout(
-                    f"the worker sent nothing for {silent_s:.0f} s (DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS)"
-                )
+            error = ConnectionTimeout(
+                f"the worker sent nothing for {silent_s:.0f} s (DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS)"
             )
+            if not all(stream.ended or stream.move(error) for stream in self.streams):
+                self.fail(error)
 
     # --- the end
 

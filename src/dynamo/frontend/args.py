@@ -35,6 +35,7 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What `router_mode` kv looks at."""
     router_min_initial_workers: int = 0
     migration_limit: int = 0
+    migration_max_seq_len: int | None = None
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -207,7 +208,15 @@ def parser() -> OptionParser:
         metavar="N",
         default=0,
         type=_count,
-        help="times a request may move to another worker; only 0 in this version",
+        help="times a request may go on at another worker when its own is lost; 0: it ends with an error",
+    )
+    p.option(
+        routing,
+        "--migration-max-seq-len",
+        env="DYN_MIGRATION_MAX_SEQ_LEN",
+        metavar="TOKENS",
+        type=_count,
+        help="requests whose prompt and answer are longer stay where they are (default: no bound)",
     )
     add_router_options(p, splits=True)
     other = p.add_argument_group("other")
@@ -242,8 +251,6 @@ def parse(argv: Sequence[str] | None = None) -> FrontendConfig:
     except ValueError as e:
         p.error(str(e))
     given["router_mode"] = router.mode.value
-    if given["migration_limit"]:
-        p.error("--migration-limit: moving a started request to another worker is not in this version; use 0")
     if given["http_workers"] < 1:
         p.error("--http-workers must be at least 1")
     if given["http_workers"] > 1 and given["http_port"] == 0:

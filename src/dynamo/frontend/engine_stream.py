@@ -7,6 +7,7 @@ output is decoded, becomes text, and goes into the answer in one chain of calls.
 import asyncio
 import logging
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -14,9 +15,10 @@ import msgspec
 
 from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
+from dynamo.frontend.migration import RETRY_S, Migration
 from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, give_seed
 from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
-from dynamo.llm.output import ChoiceDecoder
+from dynamo.llm.output import ChoiceDecoder, TextDelta
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
 from dynamo.router.computed_elsewhere import computed_elsewhere
 from dynamo.router.model_router import ModelRouter
@@ -33,6 +35,7 @@ from dynamo.runtime.errors import (
     StreamIncomplete,
     Unknown,
     WorkerOverloaded,
+    WorkerUnavailable,
 )
 from dynamo.runtime.streams import StreamSink
 
@@ -64,6 +67,9 @@ class Workers(Protocol):
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
 
+    def avoid(self, instance_id: int) -> None:
+        """Leave an instance out of choices for a while: it has lost a request."""
+
 
 class _Choice:
     """One answer to the prompt. `number` is its place among all choices of the HTTP request."""
@@ -87,6 +93,7 @@ class EngineStream:
         "_choices",
         "_computing",
         "_dispatch_at",
+        "_migration",
         "_request",
         "_unfinished",
         "_wanted",
@@ -111,8 +118,10 @@ class EngineStream:
         decoders: list[ChoiceDecoder],
         first_number: int,
         context: Context,
+        migration: Migration | None = None,
     ) -> None:
         self._answer = answer
+        self._migration = migration
         self._workers = workers
         self._request = request
         timed = answer.metrics.text.maybe_timed
@@ -206,13 +215,21 @@ class EngineStream:
         self._dispatch_again()
 
     def _dispatch(self) -> None:
-        """Choose a worker and send the prompt, now or when one has room. Raises what says that it cannot be sent."""
+        """Choose a worker and send the prompt, now, or soon where a router says where. Raises what says that it cannot
+        be sent."""
         self._attempts += 1
         self._dispatch_at = perf_counter()
         router = self._workers.router
         if router is None:
             self._send(self._workers.choose(self._request))
         else:
+            router.turn.ask(partial(self._ask, router))
+
+    def _ask(self, router: ModelRouter) -> None:
+        """Ask for a worker, together with the others of this turn."""
+        if self.ended or self._answer.closed:
+            return
+        try:
             if self.route is None:
                 wanted = self._wanted or wanted_of(router, self._request, self.context)
                 if self._request.prefill_result is not None:
@@ -222,10 +239,20 @@ class EngineStream:
             self.route.ask()
             if self.remote is not None and self.route.decision is None and self._request.prefill_result is not None:
                 self.remote.keep(self._request.prefill_result["disaggregated_params"])
+        except DynamoException as e:
+            self._refuse(e)
+        except Exception as e:
+            log.exception("request %s could not be routed", self.context.id())
+            self._refuse(Unknown(f"the request could not be routed: {e!r}"))
 
     def _refuse(self, error: DynamoException) -> None:
         """There will be no answer."""
+        if self._waits_for_worker(error):
+            return
         self._give_up_handle()
+        if self._migration is not None:
+            self._migration.end("failure")
+            error = self._migration.final(error)
         self._answer.fail(error)
 
     def _go(self, decision: Decision) -> None:
@@ -254,6 +281,8 @@ class EngineStream:
         if not self.ended:
             self.ended = True
             self.context.kill()
+            if self._migration is not None:
+                self._migration.end("cancelled")
             if self.remote is not None:
                 self.remote.cancel()
                 if self.completion_tokens <= 1:  # the decode worker may not have claimed it
@@ -280,19 +309,19 @@ class EngineStream:
         if not 0 <= index < len(self._choices):
             self._broken(f"an output for choice {index} of {len(self._choices)}")
             return
+        if output.finish_reason == "cancelled" and self.move(EngineShutdown("the worker gave the request up")):
+            return
         choice = self._choices[index]
         delta = choice.push(output)
         now = perf_counter()
         answer.active_at = now
+        if self._migration is not None:
+            self._migration.add(output)
         if delta.token_count:
             answer.meter.tokens(now, choice.last_at, delta.token_count)
-            if self._computing and self.route is not None:
+            if self._computing and self.instance_id is not None:  # not the first token of a prefill worker
                 self._computing = False
-                if delta.finish_reason is None or delta.token_count > 1 or self._unfinished > 1:
-                    # Else the end comes with it, which says enough at half the cost.
-                    self.route.first_token()
-                if output.engine_data is not None:
-                    self._workers.transfer.see(output.engine_data)
+                self._computed(delta, output)
             choice.last_at = now
             if self._blocks is not None:
                 self._blocks.add(delta.token_count)
@@ -304,6 +333,17 @@ class EngineStream:
         else:
             answer.add(choice.number, delta, output)
             self._choice_finished()
+
+    def _computed(self, delta: TextDelta, output: EngineOutput) -> None:
+        """The worker's first token."""
+        if self.route is not None:
+            if delta.finish_reason is None or delta.token_count > 1 or self._unfinished > 1:
+                # Else the end comes with it, which says enough at half the cost.
+                self.route.first_token()
+            if output.engine_data is not None:
+                self._workers.transfer.see(output.engine_data)
+        if self._migration is not None:
+            self._migration.end("success")
 
     def _on_other_item(self, item: msgspec.Raw, error: msgspec.DecodeError) -> None:
         """Not an `EngineOutput`: perhaps one with remarks around it, perhaps nonsense."""
@@ -349,8 +389,55 @@ class EngineStream:
         if isinstance(error, CannotConnect) and self._attempts < MAX_ATTEMPTS:
             # Not now: the request plane first takes the worker out of rotation.
             asyncio.get_running_loop().call_soon(self._dispatch_again)
+        elif not self.move(error):
+            self._refuse(error)
+
+    # --- from one worker to another
+
+    def move(self, error: DynamoException) -> bool:
+        """Let another worker go on, if one may; the client sees a pause."""
+        migration = self._migration
+        if migration is None or self.ended or self._answer.closed:
+            return False
+        if not migration.allows(error):
+            return False
+        log.warning("request %s moves after %d tokens: %s", self.context.id(), len(migration.tokens), error)
+        migration.begin(error)
+        if self.instance_id is not None and not isinstance(error, WorkerOverloaded):
+            self._workers.avoid(self.instance_id)
+        self._leave_worker()
+        self._request = migration.request()
+        asyncio.get_running_loop().call_soon(self._go_on)
+        return True
+
+    def _leave_worker(self) -> None:
+        """Free what is held for the request where it was, and make it one that was never sent."""
+        before, self.context = self.context, self.context.detached(self.context.id())
+        before.kill()
+        if self.remote is not None:
+            self.remote.cancel()
+            self._give_up_handle()
+        if self.route is not None:
+            self.route.cancel()
+        self.remote = self.route = self._wanted = self._blocks = None
+        self._attempts, self._computing = 0, True
+        self._answer.active_at = perf_counter()
+
+    def _go_on(self) -> None:
+        if self.ended or self._answer.closed:
             return
-        self._refuse(error)
+        try:
+            self.dispatch()
+        except DynamoException as e:
+            self._refuse(e)
+
+    def _waits_for_worker(self, error: DynamoException) -> bool:
+        """Where all workers are gone, others may come: a moment's wait costs less than the answer."""
+        if not isinstance(error, WorkerUnavailable) or self._migration is None or not self._migration.may_wait:
+            return False
+        self._leave_worker()
+        asyncio.get_running_loop().call_later(RETRY_S, self._go_on)
+        return True
 
     def _dispatch_again(self) -> None:
         if self.ended or self._answer.closed:
@@ -387,10 +474,10 @@ class EngineStream:
 
     @property
     def cached_tokens(self) -> int | None:
-        """Prompt tokens the worker had cached, if it told."""
+        """Prompt tokens the worker had cached, if it told; one that went on may have had the answer so far as well."""
         for choice in self._choices:
-            if choice.decoder.cached_tokens is not None:
-                return choice.decoder.cached_tokens
+            if (count := choice.decoder.cached_tokens) is not None:
+                return count if count <= self.prompt_tokens else self.prompt_tokens
         return None
 
     def _note_worker(self) -> None:

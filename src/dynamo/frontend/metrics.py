@@ -70,6 +70,15 @@ class FrontendMetrics:
         self.splits = self._counter(
             "prompt_splits_total", "Prompts by who was to compute them, and why", "model", "pool", "policy", "cause"
         )
+        self.migrations = self._counter(
+            "model_migration_total", "Requests that moved to another worker", "model", "migration_type", "outcome"
+        )
+        self.migration_seconds = self._fixed(
+            "model_migration_duration_seconds", "From a worker's loss to another's first token", STAGE_SECONDS, *model
+        )
+        self.migrations_too_long = self._counter(
+            "model_migration_max_seq_len_exceeded_total", "Requests too long to move", *model
+        )
         self.images = self._fixed("images_per_request", "Images of a prompt", IMAGES, *model)
         self.model_ready = self._gauge("model_ready", "Whether a request for the model can be routed", *model)
         self.model_facts = {name: self._gauge(f"model_{name}", text, *model) for name, text in MODEL_FACTS.items()}

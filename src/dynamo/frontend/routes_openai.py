@@ -18,6 +18,7 @@ from dynamo.frontend.engine_stream import EngineStream
 from dynamo.frontend.errors import RequestRefused, error_answer, model_not_found
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics, RequestMeter
+from dynamo.frontend.migration import Migration, MigrationRules, may_ever_move
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.passthrough import PassThrough, peek
 from dynamo.frontend.query_only import answer_query, only_asks
@@ -55,12 +56,14 @@ class OpenAIRoutes:
         limits: Limits,
         watchdog: Watchdog,
         defaults: RequestDefaults | None = None,
+        migration: MigrationRules | None = None,
     ) -> None:
         self._models = models
         self._metrics = metrics
         self._limits = limits
         self._watchdog = watchdog
         self._defaults = defaults
+        self._migration = migration or MigrationRules()
         self._passthrough = PassThrough(metrics, limits, watchdog)
         self._records_spans = configure_tracing()
 
@@ -219,7 +222,11 @@ class OpenAIRoutes:
             own = context if number == 0 else context.detached(f"{context.id()}-{number}")
             choices = one.request.sampling_options.n or 1
             decoders = [one.decoder_for(i) for i in range(choices)]
-            answer.streams.append(EngineStream(answer, workers, one.request, decoders, one.first_index, own))
+            moves = None
+            if self._migration.limit and may_ever_move(self._migration, one.request):
+                moves = Migration(self._migration, one.request, self._metrics, answer.plan.model)
+            stream = EngineStream(answer, workers, one.request, decoders, one.first_index, own, moves)
+            answer.streams.append(stream)
             answer.meter.prompt(len(one.request.token_ids))
         answer.unfinished = len(prepared)
         connection.listener = answer

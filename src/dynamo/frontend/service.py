@@ -11,6 +11,7 @@ from dynamo.frontend.app import App, paths
 from dynamo.frontend.args import FrontendConfig, Limits
 from dynamo.frontend.http1 import HttpServer
 from dynamo.frontend.metrics import FrontendMetrics
+from dynamo.frontend.migration import MigrationRules
 from dynamo.frontend.models import ModelRegistry, NamespaceFilter
 from dynamo.frontend.router_series import RouterSeries
 from dynamo.frontend.routes_admin import AdminRoutes
@@ -58,11 +59,12 @@ class FrontendService:
         for line in unused:
             log.warning("%s", line)
         self._series = RouterSeries(runtime.metrics, config.metrics_prefix, self.models)
+        migration = MigrationRules(config.migration_limit, config.migration_max_seq_len)
         keep_alive_s = limits.sse_keep_alive_ms / 1e3
         self._watchdog = Watchdog(min(WATCH_INTERVAL_S, limits.stream_timeout_s / 4, (keep_alive_s or 4) / 4))
         self._system = SystemRoutes(self.models, self.metrics, path_of, limits)
         self._app = App(
-            OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults),
+            OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults, migration),
             ModelRoutes(self.models),
             self._system,
             AdminRoutes(self.models, config.router_mode, unused),

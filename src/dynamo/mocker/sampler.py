@@ -75,12 +75,14 @@ class Sampler:
             raise InvalidArgument(f"max_tokens: must be at least 1, not {stop.max_tokens}", "max_tokens")
         if max(output.logprobs or 0, output.prompt_logprobs or 0) > _MAX_LOGPROBS:
             raise InvalidArgument(f"logprobs: at most {_MAX_LOGPROBS} alternatives a token", "logprobs")
-        start = _content_seed(request)
+        made = request.resumed_tokens  # by a worker that was lost; the rest is what that one would have said
+        content = _content_seed(request)
+        start = content + made * self.stride
         script = Script(start, min(stop.max_tokens or room, room), min_tokens=stop.min_tokens or 0)
         if not stop.ignore_eos:
             script.eos_ids = frozenset(request.eos_token_ids)
             if stop.max_tokens is None and request.eos_token_ids:
-                length = _FIRST_NATURAL_END + start % (_LAST_NATURAL_END - _FIRST_NATURAL_END)
+                length = _FIRST_NATURAL_END + content % (_LAST_NATURAL_END - _FIRST_NATURAL_END) - made
                 script.natural_end = max(length, script.min_tokens)
         script.stop_ids = frozenset(stop.stop_token_ids or ()) | frozenset(stop.stop_token_ids_hidden or ())
         script.logprobs = output.logprobs
@@ -153,5 +155,6 @@ class Sampler:
 def _content_seed(request: PreprocessedRequest) -> int:
     """A number that is the same for the same prompt, adapter and seed, in every process."""
     sampling, lora = request.sampling_options, request.routing.lora_name if request.routing else None
-    content = msgspec.msgpack.encode((request.token_ids, sampling.seed, lora))
+    prompt = request.token_ids[: len(request.token_ids) - request.resumed_tokens]
+    content = msgspec.msgpack.encode((prompt, sampling.seed, lora))
     return xxhash.xxh3_64_intdigest(content)

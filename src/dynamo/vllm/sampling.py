@@ -36,7 +36,7 @@ def sampling_params(request: PreprocessedRequest, defaults: dict[str, Any], gram
         "presence_penalty": sampling.presence_penalty,
         "frequency_penalty": sampling.frequency_penalty,
         "repetition_penalty": sampling.repetition_penalty,
-        "seed": sampling.seed,
+        "seed": _seed(request),
         "logit_bias": sampling.logit_bias,
         "min_tokens": stop.min_tokens,
         "ignore_eos": stop.ignore_eos,
@@ -95,6 +95,12 @@ def structured_outputs(guided: GuidedDecoding | None, backend: str) -> Structure
         if not is_refusal(error):
             raise
         raise InvalidArgument(f"guided_decoding: {_first_line(error)}", "guided_decoding") from error
+
+
+def _seed(request: PreprocessedRequest) -> int | None:
+    """The seed; for the rest of an answer that another worker began, one that does not draw the same numbers again."""
+    seed, resumed = request.sampling_options.seed, request.resumed_tokens
+    return seed if seed is None or not resumed else (seed ^ resumed * 0x9E3779B1) & _I64_MAX
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -103,6 +103,8 @@ class PreprocessedRequest(msgspec.Struct, omit_defaults=True):
     mm_routing_info: dict[str, Any] | None = None
     extra_args: dict[str, Any] | None = None
     agent_context: dict[str, Any] | None = None
+    resumed_tokens: int = 0
+    """How many of the last `token_ids` are of the answer: made by a worker that was lost, and seen by the client."""
 
 
 class TopLogprob(msgspec.Struct, omit_defaults=True):
