@@ -81,7 +81,7 @@ class Route(msgspec.Struct, eq=False):
     def finish(self, output_tokens: int | None = None, cached_tokens: int | None = None) -> None:
         """It ended in order. One that made a single token need not have told of its first."""
         if self.ticket is not None:
-            self.ticket.free(output_tokens, cached_tokens)
+            self.router.turn.end(self.ticket, output_tokens, cached_tokens)
 
     def cancel(self) -> None:
         """It ended otherwise, or waits and is not wanted any more."""

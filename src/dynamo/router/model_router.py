@@ -32,6 +32,7 @@ from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
 from dynamo.router.ticket import Ticket
 from dynamo.router.tier_index import TierIndex
+from dynamo.router.turn import Turn
 from dynamo.router.types import DEFAULT_BATCH_TOKENS, Decision, OverlapSource, RouteRequest, WorkerKey
 from dynamo.router.worker_reports import WorkerReports
 from dynamo.runtime.component import Endpoint
@@ -114,6 +115,7 @@ class ModelRouter:
         self._workers: dict[int, list[WorkerKey]] = {}
         self._tickets: dict[str, Ticket] = {}
         self._loop = asyncio.get_running_loop()
+        self.turn = Turn()
         self._deadline: asyncio.TimerHandle | None = None
         self._ticking: asyncio.Task[None] | None = None
 

@@ -4,7 +4,7 @@ Requests leave their numbers in lists. `settle` sorts them into the counts, many
 the middle of other work each would cost three times as much.
 """
 
-from dynamo.router.types import Decision
+from dynamo.router.types import NO_OVERLAP, Decision
 from dynamo.runtime.buckets import buckets_from_env
 from dynamo.runtime.instruments import Histogram
 
@@ -74,24 +74,21 @@ class RouterStats:
     def settle(self) -> None:
         """Count what requests have left."""
         prompts, self.prompts = self.prompts, []
-        for tokens in prompts:
-            self.input_sequence_tokens.observe(tokens)
+        self.input_sequence_tokens.observe_all(prompts)
         decisions, self.decisions = self.decisions, []
         self.requests_started += len(decisions)
+        self.kv_hit_rate.observe_all([decision.hit_rate for decision, _ in decisions])
         for decision, tokens in decisions:
-            self._count_cached(decision, tokens)
+            if decision.best_overlap_blocks or decision.overlap is not NO_OVERLAP:
+                self._count_cached(decision, tokens)
         first_tokens, self.first_tokens = self.first_tokens, []
-        for seconds in first_tokens:
-            self.time_to_first_token_seconds.observe(seconds)
+        self.time_to_first_token_seconds.observe_all(first_tokens)
         ends, self.ends = self.ends, []
-        for output_tokens, between_s, reused_tokens in ends:
-            self.output_sequence_tokens.observe(output_tokens)
-            if between_s is not None:
-                self.inter_token_latency_seconds.observe(between_s)
-            self.worker_reused_tokens += reused_tokens
+        self.output_sequence_tokens.observe_all([tokens for tokens, _, _ in ends])
+        self.inter_token_latency_seconds.observe_all([seconds for _, seconds, _ in ends if seconds is not None])
+        self.worker_reused_tokens += sum(reused for _, _, reused in ends)
 
     def _count_cached(self, decision: Decision, prompt_tokens: int) -> None:
-        self.kv_hit_rate.observe(decision.hit_rate)
         held = decision.overlap.total
         best = max(decision.best_overlap_blocks, held)
         self.best_eligible_cached_tokens += min(best * self._block_size, prompt_tokens)
