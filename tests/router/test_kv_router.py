@@ -173,6 +173,8 @@ async def test_settings_that_cannot_be_meant_are_refused(runtime):
     endpoint = runtime.endpoint(ENDPOINT)
     with pytest.raises(InvalidArgument, match="kv_cache_block_size"):
         KvRouter(endpoint, 0, KvRouterConfig())
+    with pytest.raises(ValueError, match=r"conditional_disagg_enabled.*one pool"):
+        KvRouter(endpoint, 16, KvRouterConfig(conditional_disagg_enabled=True))
     with pytest.raises(ValueError, match="ais_perf_config"):
         KvRouter(endpoint, 16, KvRouterConfig(), object())
     with pytest.raises(ValueError, match="session_affinity_mode"):

@@ -114,5 +114,7 @@ def test_settings_that_cannot_be_meant_are_refused():
         SelectionCacheConfig(ttl_secs=0)
     with pytest.raises(ValueError, match="session_affinity_ttl_secs must be between 1"):
         SelectionService(session_affinity_ttl_secs=0)
+    with pytest.raises(ValueError, match=r"conditional_disagg_enabled.*one pool"):
+        SelectionService(router_config=KvRouterConfig(conditional_disagg_enabled=True))
     with pytest.raises(ValueError, match="indexer_threads"):
         SelectionService(indexer_threads=0)
