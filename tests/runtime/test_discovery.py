@@ -8,6 +8,8 @@ import pytest
 
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.discovery import Change, Delete, Discovery, Put, choose_backend
+from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
+from dynamo.runtime.discovery.etcd.settings import EtcdSettings
 from dynamo.runtime.discovery.file import FileDiscovery
 from dynamo.runtime.discovery.mem import MemDiscovery
 from dynamo.runtime.errors import DiscoveryError
@@ -18,13 +20,18 @@ KEY = PREFIX + "1a"
 Open = Callable[[], Discovery]
 
 
-@pytest.fixture(params=["mem", "file"])
+@pytest.fixture(params=["mem", "file", pytest.param("etcd", marks=pytest.mark.etcd)])
 async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
     """Makes members of one store, and closes them."""
     members: list[Discovery] = []
+    backend = request.param
+    url = request.getfixturevalue("etcd").url if backend == "etcd" else ""
 
     def make() -> Discovery:
-        members.append(MemDiscovery() if request.param == "mem" else FileDiscovery(tmp_path / "kv"))
+        if backend == "etcd":
+            members.append(EtcdDiscovery(EtcdSettings((url,))))
+        else:
+            members.append(MemDiscovery() if backend == "mem" else FileDiscovery(tmp_path / "kv"))
         return members[-1]
 
     yield make
@@ -141,10 +148,9 @@ def test_auto_looks_at_the_environment(monkeypatch: pytest.MonkeyPatch, environ:
     assert choose_backend() == backend
 
 
-@pytest.mark.parametrize("backend", ["etcd", "kubernetes"])
-async def test_a_backend_of_a_later_version_says_so(backend: str) -> None:
+async def test_a_backend_of_a_later_version_says_so() -> None:
     with pytest.raises(ValueError, match="not in this version: use file"):
-        DistributedRuntime(discovery_backend=backend)
+        DistributedRuntime(discovery_backend="kubernetes")
 
 
 async def test_an_unknown_backend_names_the_known_ones() -> None:

@@ -26,8 +26,11 @@ def choose_backend(name: str | None = None) -> str:
     return "file"
 
 
-def open_discovery(name: str | None = None) -> Discovery:
-    """A new backend object. Raises ValueError for a name that is unknown or not in this version."""
+def open_discovery(name: str | None = None, wait_s: float | None = None) -> Discovery:
+    """A new backend object. `wait_s` bounds the wait for a store that does not answer yet, where there is such a wait.
+
+    Raises ValueError for a name that is unknown or not in this version, or settings of it that are wrong.
+    """
     backend = choose_backend(name)
     if backend == "mem":
         from dynamo.runtime.discovery.mem import MemDiscovery
@@ -37,7 +40,11 @@ def open_discovery(name: str | None = None) -> Discovery:
         from dynamo.runtime.discovery.file import FileDiscovery
 
         return FileDiscovery()
+    if backend == "etcd":
+        from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
+
+        return EtcdDiscovery(wait_s=wait_s)
     raise ValueError(
-        f"discovery backend {backend!r} is not in this version: use file (processes that share a directory) or mem "
-        "(one process), by discovery_backend= or DYN_DISCOVERY_BACKEND"
+        f"discovery backend {backend!r} is not in this version: use file (processes that share a directory), etcd or "
+        "mem (one process), by discovery_backend= or DYN_DISCOVERY_BACKEND"
     )
