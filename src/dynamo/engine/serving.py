@@ -34,6 +34,7 @@ from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
 from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType, WorkerType
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, StopConditions
 from dynamo.llm.registration import register_model, unregister_model
+from dynamo.llm.topology import Topology, read_topology
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.component import Endpoint
 from dynamo.runtime.errors import DynamoException, EngineShutdown, InvalidArgument
@@ -72,6 +73,7 @@ class EngineWorker:
         self.dispatcher: Dispatcher
         self.on_register: list[Callable[[Endpoint, Role], Awaitable[object]]] = []
         """What else is registered beside the model, wherever the worker serves: adapters."""
+        self._topology: Topology | None = None
         self._gauges: EngineGauges
         self._death: str | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -112,8 +114,10 @@ class EngineWorker:
 
         Raises:
             DynamoException: discovery or the request plane cannot be used, or the model directory is no good.
+            ValueError: the worker's place cannot be read; names the variable.
         """
         began = time.monotonic()
+        self._topology = await read_topology()
         try:
             config = await self._unless_shutdown(self.engine.start(self))
             if config is None:
@@ -182,7 +186,6 @@ class EngineWorker:
 
     async def _register(self, seat: Seat) -> None:
         config, worker = self.config, self.options.worker
-        bootstraps = seat.role == "prefill"
         await register_model(
             ModelInput.Tokens,
             reduce(or_, (_MODEL_TYPES[word] for word in worker.endpoint_types)),
@@ -191,25 +194,34 @@ class EngineWorker:
             self.model_name,
             worker_type=WORKER_TYPES[seat.role],
             kv_cache_block_size=config.kv_cache_block_size,
-            runtime_config=ModelRuntimeConfig(
-                context_length=config.context_length,
-                total_kv_blocks=config.total_kv_blocks,
-                max_num_seqs=config.max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
-                data_parallel_start_rank=config.data_parallel_start_rank,
-                data_parallel_size=config.data_parallel_size,
-                enable_local_indexer=config.publishes_kv_events and config.kv_cache_block_size is not None,
-                kv_event_publishing_enabled=config.publishes_kv_events and config.kv_cache_block_size is not None,
-                runtime_data=config.runtime_data,
-                bootstrap_host=config.bootstrap_host if bootstraps else None,
-                bootstrap_port=config.bootstrap_port if bootstraps else None,
-            ),
+            runtime_config=self.runtime_config(seat.role),
             user_data=self.options.user_data,
             custom_template_path=worker.custom_jinja_template,
             model_aliases=config.model_aliases or None,
         )
         for register in self.on_register:
             await register(seat.endpoint, seat.role)
+
+    def runtime_config(self, role: Role) -> ModelRuntimeConfig:
+        """What its cards say of the engine and of the worker's place."""
+        config = self.config
+        tells_kv = config.publishes_kv_events and config.kv_cache_block_size is not None
+        told = ModelRuntimeConfig(
+            context_length=config.context_length,
+            total_kv_blocks=config.total_kv_blocks,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            data_parallel_start_rank=config.data_parallel_start_rank,
+            data_parallel_size=config.data_parallel_size,
+            enable_local_indexer=tells_kv,
+            kv_event_publishing_enabled=tells_kv,
+            runtime_data=config.runtime_data,
+            bootstrap_host=config.bootstrap_host if role == "prefill" else None,
+            bootstrap_port=config.bootstrap_port if role == "prefill" else None,
+        )
+        if self._topology is not None:
+            self._topology.write(told)
+        return told
 
     # --- another role
 

@@ -16,10 +16,11 @@ import msgspec
 from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
 from dynamo.frontend.migration import RETRY_S, Migration
-from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, give_seed
+from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, Unpaired, give_seed
 from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
 from dynamo.llm.output import ChoiceDecoder, TextDelta
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
+from dynamo.llm.topology import Near
 from dynamo.router.computed_elsewhere import computed_elsewhere
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.model_split import ModelSplit
@@ -61,8 +62,11 @@ class Workers(Protocol):
     def prefill(self) -> PrefillPool | None:
         """Who computes prompts for these workers; None while they do it themselves."""
 
-    def choose(self, request: PreprocessedRequest) -> int:
+    def choose(self, request: PreprocessedRequest, near: Near | None = None) -> int:
         """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
+
+    def pairs(self, near: Near) -> bool:
+        """Whether one of them may have KV that must stay in a place."""
 
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
@@ -153,7 +157,8 @@ class EngineStream:
         if pool is None or self.remote is not None:
             self._dispatch()
             return
-        remote = RemotePrefill(pool, self._request, self.context, self._prefilled, self._not_prefilled, self.flush)
+        done, failed, pairs = self._prefilled, self._not_prefilled, self._workers.pairs
+        remote = RemotePrefill(pool, self._request, self.context, done, failed, self.flush, pairs)
         split = self._workers.split
         if split is None or self._travels(split, remote):
             self._prefill(remote)
@@ -209,7 +214,8 @@ class EngineStream:
         if self.ended or self._answer.closed:
             return
         shed = isinstance(error, WorkerOverloaded | RouterQueueLimitExceeded)
-        self._answer.metrics.prefills.labels("shed" if shed else "lost").value += 1
+        outcome = "shed" if shed else "unpaired" if isinstance(error, Unpaired) else "lost"
+        self._answer.metrics.prefills.labels(outcome).value += 1
         level = logging.INFO if shed else logging.WARNING
         log.log(level, "request %s is computed by a decode worker alone: %s", self.context.id(), error)
         self._dispatch_again()
@@ -221,7 +227,8 @@ class EngineStream:
         self._dispatch_at = perf_counter()
         router = self._workers.router
         if router is None:
-            self._send(self._workers.choose(self._request))
+            near = self.remote.near if self.remote is not None and self._request.prefill_result is not None else None
+            self._send(self._workers.choose(self._request, near))
         else:
             router.turn.ask(partial(self._ask, router))
 
@@ -234,10 +241,13 @@ class EngineStream:
                 wanted = self._wanted or wanted_of(router, self._request, self.context)
                 if self._request.prefill_result is not None:
                     computed_elsewhere(wanted)
+                    if self.remote is not None:
+                        self.remote.stay_near(wanted)
                 explain = self._answer.plan.explains_routing
                 self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
-            self.route.ask()
-            if self.remote is not None and self.route.decision is None and self._request.prefill_result is not None:
+            route = self.route
+            route.ask()  # which may refuse it: then it may have another by now
+            if self.remote is not None and route.decision is None and self._request.prefill_result is not None:
                 self.remote.keep(self._request.prefill_result["disaggregated_params"])
         except DynamoException as e:
             self._refuse(e)
@@ -247,13 +257,24 @@ class EngineStream:
 
     def _refuse(self, error: DynamoException) -> None:
         """There will be no answer."""
-        if self._waits_for_worker(error):
+        if self._leaves_place(error) or self._waits_for_worker(error):
             return
         self._give_up_handle()
         if self._migration is not None:
             self._migration.end("failure")
             error = self._migration.final(error)
         self._answer.fail(error)
+
+    def _leaves_place(self, error: DynamoException) -> bool:
+        """Whether another worker may compute a prompt whose KV nobody may have."""
+        result = self._request.prefill_result
+        if not isinstance(error, WorkerUnavailable) or result is None or self.remote is None:
+            return False
+        if not self.remote.leave_place(result["disaggregated_params"]):
+            return False
+        self.route = self._wanted = None  # which were for that place
+        self._dispatch_again()
+        return True
 
     def _go(self, decision: Decision) -> None:
         """The router's answer."""
@@ -462,6 +483,8 @@ class EngineStream:
             explained["split"] = self.split
         if self.remote is not None:
             explained["prefill"] = _explained(self.remote.route, self.remote.instance_id)
+            if self.remote.near is not None:
+                explained["near"] = self.remote.near.describe()
         return explained
 
     @property

@@ -16,10 +16,11 @@ import msgspec
 from dynamo.frontend.route import Route, name_rank, wanted_of
 from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+from dynamo.llm.topology import Near
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown
+from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown, WorkerUnavailable
 from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,18 @@ class PrefillPool(Protocol):
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
 
+    def near(self, instance_id: int) -> Near | None:
+        """Where the KV of this worker may, or should, go."""
+
     def keep(self, handle: dict[str, Any]) -> Keeping | None:
         """Let the KV not expire before a decode worker has the request."""
 
     def give_back(self, handle: dict[str, Any]) -> None:
         """Tell the worker that nobody will fetch the KV."""
+
+
+class Unpaired(WorkerUnavailable):
+    """Nobody may go on from what the prefill worker would compute."""
 
 
 class RemotePrefill:
@@ -53,6 +61,7 @@ class RemotePrefill:
     Args:
         done: called with the worker's output: the first token, and `disaggregated_params` unless it was the last.
         failed: called with the reason why there will be none. Neither is called after `cancel`.
+        pairs: whether a decode worker may have KV that must stay in a place.
         flush: called when all that came with one read of the socket was given to `done`.
     """
 
@@ -62,6 +71,7 @@ class RemotePrefill:
         "_early",
         "_failed",
         "_keeping",
+        "_pairs",
         "_pool",
         "_request",
         "_wanted",
@@ -71,6 +81,7 @@ class RemotePrefill:
         "flush",
         "handle",
         "instance_id",
+        "near",
         "route",
         "took_s",
         "waits",
@@ -84,8 +95,12 @@ class RemotePrefill:
         done: Callable[[EngineOutput], None],
         failed: Callable[[DynamoException], None],
         flush: Callable[[], None],
+        pairs: Callable[[Near], bool] = lambda near: True,
     ) -> None:
         self._pool = pool
+        self._pairs = pairs
+        self.near: Near | None = None
+        """Where its KV may, or should, go; once a worker was chosen."""
         self._request = for_prefill(request)
         self._context = context.detached(f"{context.id()}-prefill")
         self._done = done
@@ -127,6 +142,11 @@ class RemotePrefill:
 
     def _send(self, instance_id: int) -> None:
         self.instance_id = instance_id
+        self.near = self._pool.near(instance_id)
+        if self.near is not None and not self._pairs(self.near):
+            # No KV may leave the place, and nobody is there to have it.
+            self._fail(Unpaired(f"no decode worker has the taint {self.near.taint} of the prefill worker chosen"))
+            return
         self._pool.start_request(instance_id, self._request, self, self._context)
 
     def take_handle(self) -> dict[str, Any] | None:
@@ -144,6 +164,25 @@ class RemotePrefill:
                 self.route.cancel()
         if (handle := self.take_handle()) is not None:
             self.give_back(handle)
+
+    def stay_near(self, wanted: RouteRequest) -> None:
+        """Let the router send the request where the KV may, or should, go [K48]."""
+        if self.near is None:
+            return
+        if self.near.weight is None:
+            wanted.required_taints |= {self.near.taint}
+        else:
+            wanted.preferred_taints = {self.near.taint: self.near.weight, **wanted.preferred_taints}
+
+    def leave_place(self, handle: dict[str, Any]) -> bool:
+        """Nobody is left where the KV must stay. Then it stays there for good, and whoever takes the request computes
+        the prompt; False if that is not why there was no worker."""
+        if self.near is None or self.near.weight is not None:
+            return False
+        log.warning("KV is not used: no decode worker has the taint %s any more", self.near.taint)
+        self.near = None
+        self.give_back(handle)
+        return True
 
     def keep(self, handle: dict[str, Any]) -> None:
         """The handle that was taken waits for a decode worker: its KV must be there when it gets one."""

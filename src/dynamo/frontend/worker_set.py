@@ -6,7 +6,9 @@ is; a later worker whose card has another checksum is refused, because its answe
 
 import asyncio
 import logging
-from collections.abc import Callable
+import math
+import random
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dynamo.frontend.metrics import FrontendMetrics
-from dynamo.llm import kv_lease
+from dynamo.llm import kv_lease, topology
 from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard, ModelInput, WorkerType
 from dynamo.llm.model_files import fetch_files
 from dynamo.llm.preprocessor import PreparationTimes, Preprocessor
 from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.protocols.passthrough import OPENAI_BYTES
+from dynamo.llm.topology import Near
 from dynamo.router.config import KvRouterConfig, RouterConfig
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.model_split import ModelSplit
@@ -88,6 +91,7 @@ class WorkerSet:
         self.card = card
         self.checksum = card.checksum
         self.workers: dict[int, ModelDeploymentCard] = {}
+        self.taints: dict[int, frozenset[str]] = {}
         self.refused: dict[int, ModelDeploymentCard] = {}
         self.preprocessor: Preprocessor | None = None
         self.router: ModelRouter | None = None
@@ -125,9 +129,11 @@ class WorkerSet:
         if checksum == self.checksum:
             self.refused.pop(instance_id, None)
             self.workers[instance_id] = card
+            self.taints[instance_id] = topology.taints_of(card.runtime_config)
             self._had_enough = self._had_enough or len(self.workers) >= self._min_workers
             return
         self.workers.pop(instance_id, None)
+        self.taints.pop(instance_id, None)
         known = self.refused.get(instance_id)
         if known is None or known.checksum != checksum:
             log.warning(
@@ -143,6 +149,7 @@ class WorkerSet:
     def remove(self, instance_id: int) -> None:
         """A worker left."""
         self.workers.pop(instance_id, None)
+        self.taints.pop(instance_id, None)
         self.refused.pop(instance_id, None)
 
     def start(self) -> None:
@@ -315,11 +322,11 @@ class WorkerSet:
 
     # --- sending
 
-    def choose(self, request: PreprocessedRequest) -> int:
+    def choose(self, request: PreprocessedRequest, near: Near | None = None) -> int:
         """The instance for this request: the one it is pinned to, else one by the router mode, which is not `kv`.
 
         Raises:
-            WorkerUnavailable: nobody is there, or not the one that was asked for.
+            WorkerUnavailable: nobody is there, or not the one that was asked for, or nobody who is `near`.
             InvalidArgument: direct mode, and the request names no instance; or what only `kv` can do is asked for.
         """
         client = self._client
@@ -333,29 +340,45 @@ class WorkerSet:
                 )
             pin = routing.backend_instance_id if routing.backend_instance_id is not None else routing.decode_worker_id
             if pin is not None:
-                return self._pinned(client, pin)
+                return self._pinned(client, pin, near)
         if self._mode is RouterMode.Direct:
             raise InvalidArgument(
                 "this server routes to the worker a request names: set the header x-dynamo-worker-instance-id "
                 "or nvext.backend_instance_id",
                 "nvext.backend_instance_id",
             )
-        if self._whole_endpoint:
+        if self._whole_endpoint and near is None:
             return client.pick(self._mode)
         available = self.workers.keys() & set(client.available_ids())
+        if near is not None:
+            available = near_ones(near, available, self.taints)
         candidates = [
             _Candidate(instance.instance_id, client.inflight(instance.instance_id), instance.device_type)
             for instance in client.instances()
             if instance.instance_id in available
         ]
         if not candidates:
-            raise WorkerUnavailable(f"no worker of {self.key.path} serves {self.key.model!r} now")
+            where = f" with the taint {near.taint}" if near is not None else ""
+            raise WorkerUnavailable(f"no worker of {self.key.path}{where} serves {self.key.model!r} now")
         return self._chooser.choose(self._mode, candidates).instance_id
 
-    def _pinned(self, client: Client, instance_id: int) -> int:
+    def _pinned(self, client: Client, instance_id: int, near: Near | None) -> int:
         if instance_id not in self.workers or instance_id not in client.instance_ids():
             raise WorkerUnavailable(f"worker {instance_id} was asked for, but does not serve {self.key.model!r}")
+        if near is not None and near.weight is None and near.taint not in self.taints[instance_id]:
+            raise WorkerUnavailable(f"worker {instance_id} was asked for, but has not the taint {near.taint}")
         return instance_id
+
+    def near(self, instance_id: int) -> Near | None:
+        """Where the KV of this prefill worker may, or should, go."""
+        card = self.workers.get(instance_id)
+        return topology.near(card.runtime_config) if card is not None else None
+
+    def pairs(self, near: Near) -> bool:
+        """Whether some worker here may have the KV of a prefill worker."""
+        if near.weight is not None or self._client is None:
+            return True
+        return any(near.taint in self.taints.get(instance_id, ()) for instance_id in self._client.instance_ids())
 
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> Call | None:
         """Send it; errors go to the sink."""
@@ -392,3 +415,12 @@ class WorkerSet:
 def set_key(key: CardKey, card: ModelDeploymentCard) -> SetKey:
     """The set a card belongs to."""
     return SetKey(key.namespace, key.component, key.endpoint, card.display_name)
+
+
+def near_ones(near: Near, ids: set[int], taints: Mapping[int, frozenset[str]]) -> set[int]:
+    """Of these workers those to choose from. What is preferred is chosen from as often as it would be cheaper: the
+    routers that weigh costs make it 1 - tanh(weight) times as dear [K47]."""
+    found = {instance_id for instance_id in ids if near.taint in taints.get(instance_id, ())}
+    if near.weight is None:
+        return found
+    return found if found and random.random() < math.tanh(near.weight) else ids

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from dynamo.llm import topology
 from dynamo.llm.hub import fetch_model
 from dynamo.llm.model_card import (
     CardKey,
@@ -34,10 +35,6 @@ _LATER_CONFIG = (
     "tokenizer_backend",
     "structural_tag",
     "kv_state_endpoint",
-    "topology_domains",
-    "kv_transfer_domain",
-    "kv_transfer_enforcement",
-    "kv_transfer_preferred_weight",
 )
 """Fields of `ModelRuntimeConfig` that ask for features of later versions."""
 
@@ -261,6 +258,7 @@ def _check_kind(model_input: ModelInput, types: ModelType, config: ModelRuntimeC
         _refuse_later_features(
             **{f"runtime_config.{name}": v for name, v in asked.items() if v != getattr(default, name)}
         )
+        topology.check(config)
 
 
 def _refuse_later_features(**arguments: Any) -> None:

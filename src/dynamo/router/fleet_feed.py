@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 
 from dynamo.llm.model_card import CardKey, ModelDeploymentCard
+from dynamo.llm.topology import taints_of
 from dynamo.router.types import WorkerKey, WorkerLimits
 from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.client import Client
@@ -33,9 +34,7 @@ def limits_of(card: ModelDeploymentCard | None) -> WorkerLimits:
     if card is None:
         return WorkerLimits()
     config = card.runtime_config
-    return WorkerLimits(
-        config.total_kv_blocks, config.max_num_batched_tokens, config.max_num_seqs, frozenset(config.taints)
-    )
+    return WorkerLimits(config.total_kv_blocks, config.max_num_batched_tokens, config.max_num_seqs, taints_of(config))
 
 
 class FleetFeed:

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import msgspec
 
-from dynamo.engine.contract import EngineConfig
 from dynamo.engine.program import run_program
 from dynamo.engine.role_route import serve_role_route
 from dynamo.engine.serving import WORKER_TYPES, EngineWorker, ServeOptions
 from dynamo.engine.worker_args import Role, WorkerOptions, dump_config
 from dynamo.llm.hub import fetch_model
-from dynamo.llm.model_card import ModelInput, ModelRuntimeConfig, ModelType
+from dynamo.llm.model_card import ModelInput, ModelType
 from dynamo.llm.registration import register_model
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.component import Endpoint
@@ -74,7 +73,7 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
             raise
         raise ValueError(f"vLLM could not start with this model and these flags: {why(e)}") from e
     for name in engine.lora_names:
-        register = partial(_register_adapter, worker.config, worker_options, directory, name)
+        register = partial(_register_adapter, worker, worker_options, directory, name)
         worker.on_register.append(register)
         await register(worker.endpoint, worker.role)
     serve_role_route(runtime, [worker])
@@ -95,8 +94,9 @@ async def serve(runtime: DistributedRuntime, worker_options: WorkerOptions, opti
 
 
 async def _register_adapter(
-    config: EngineConfig, worker_options: WorkerOptions, directory: Path, name: str, endpoint: Endpoint, role: Role
+    worker: EngineWorker, worker_options: WorkerOptions, directory: Path, name: str, endpoint: Endpoint, role: Role
 ) -> None:
+    config = worker.config
     await register_model(
         ModelInput.Tokens,
         reduce(or_, (_TYPES[word] for word in worker_options.endpoint_types)),
@@ -105,13 +105,7 @@ async def _register_adapter(
         config.served_model_name or config.model,
         worker_type=WORKER_TYPES[role],
         kv_cache_block_size=config.kv_cache_block_size,
-        runtime_config=ModelRuntimeConfig(
-            context_length=config.context_length,
-            total_kv_blocks=config.total_kv_blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            runtime_data=config.runtime_data,
-        ),
+        runtime_config=worker.runtime_config(role),
         custom_template_path=worker_options.custom_jinja_template,
         lora_name=name,
         base_model_path=str(directory),
