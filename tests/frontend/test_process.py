@@ -107,7 +107,6 @@ def test_what_the_settings_cannot_be_is_said_in_one_line(tmp_path: Path) -> None
     assert "sticky has no such weight" in refused("--router-policy", "sticky", "--router-prefill-load-scale", "2")
     assert "DYN_ROUTER_QUEUE_TIMEOUT_SECS" in refused(DYN_ROUTER_QUEUE_TIMEOUT_SECS="0")
     assert "dynamo run MODEL in=text" in refused("--interactive")
-    assert "use 0" in refused("--migration-limit", "3")
     assert "no file" in refused("--request-template", str(tmp_path / "absent.json"))
     assert "fixed --http-port" in refused("--http-workers", "2", "--http-port", "0")
     assert "DYN_HTTP_PORT" in refused(DYN_HTTP_PORT="many")
