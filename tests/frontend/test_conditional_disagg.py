@@ -370,3 +370,27 @@ async def test_a_client_that_leaves_leaves_nothing_booked(start_pair: StartPair)
         await eventually(
             lambda: all(s.router is not None and s.router.scheduler.load.idle for s in pair.service.models.sets())
         )
+
+
+async def test_prompts_that_come_at_once_see_each_other_and_go_to_both_pools(start_pair: StartPair) -> None:
+    pair = await start_pair(active_prefill_tokens_threshold=BUSY)
+    wire = await Wire.open(pair.service.port)
+    body = {"model": "tiny", "prompt": [LONG, [1, *LONG]], "max_tokens": 9, "nvext": {"extra_fields": ["routing"]}}
+    wire.post(COMPLETIONS, body)  # two prompts of one request, so of one turn
+    pair.first_token(await pair.prefill.take())
+    for _ in range(2):
+        (await pair.decode.take()).answer("x")
+    answer = await wire.read()
+    assert answer.status == 200
+    assert [each["split"]["cause"] for each in answer.json()["nvext"]["routing"]] == ["long", "prefill_overloaded"]
+
+
+async def test_local_prompts_that_come_at_once_see_each_other_too(start_pair: StartPair) -> None:
+    pair = await start_pair(active_prefill_tokens_threshold=BUSY, conditional_disagg_eff_isl_threshold=1000)
+    wire = await Wire.open(pair.service.port)
+    body = {"model": "tiny", "prompt": [LONG, [1, *LONG]], "max_tokens": 9, "nvext": {"extra_fields": ["routing"]}}
+    wire.post(COMPLETIONS, body)
+    (await pair.decode.take()).answer("here")
+    (await pair.prefilled()).answer("there")
+    answer = await wire.read()
+    assert [each["split"]["cause"] for each in answer.json()["nvext"]["routing"]] == ["short", "decode_overloaded"]

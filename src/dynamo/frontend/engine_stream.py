@@ -160,10 +160,19 @@ class EngineStream:
         done, failed, pairs = self._prefilled, self._not_prefilled, self._workers.pairs
         remote = RemotePrefill(pool, self._request, self.context, done, failed, self.flush, pairs)
         split = self._workers.split
-        if split is None or self._travels(split, remote):
+        if split is None:
             self._prefill(remote)
         else:
-            self._dispatch()
+            split.decode.turn.ask(partial(self._in_turn, self._decide, split, remote))
+
+    def _decide(self, split: ModelSplit, remote: RemotePrefill) -> None:
+        """Send the prompt to who is to compute it. What the next one sees has this one booked."""
+        if self._travels(split, remote):
+            self._prefill(remote)
+        else:
+            self._attempts += 1
+            self._dispatch_at = perf_counter()
+            self._ask(split.decode)
 
     def _travels(self, split: ModelSplit, remote: RemotePrefill) -> bool:
         """Whether a prefill worker is to compute the prompt, which is hashed here, and here only."""
@@ -230,30 +239,35 @@ class EngineStream:
             near = self.remote.near if self.remote is not None and self._request.prefill_result is not None else None
             self._send(self._workers.choose(self._request, near))
         else:
-            router.turn.ask(partial(self._ask, router))
+            router.turn.ask(partial(self._in_turn, self._ask, router))
 
-    def _ask(self, router: ModelRouter) -> None:
-        """Ask for a worker, together with the others of this turn."""
+    def _in_turn(self, step: Callable[..., None], *what: object) -> None:
+        """Do what was left for a router's turn. The client hears of whatever goes wrong: nobody else waits for it."""
         if self.ended or self._answer.closed:
             return
         try:
-            if self.route is None:
-                wanted = self._wanted or wanted_of(router, self._request, self.context)
-                if self._request.prefill_result is not None:
-                    computed_elsewhere(wanted)
-                    if self.remote is not None:
-                        self.remote.stay_near(wanted)
-                explain = self._answer.plan.explains_routing
-                self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
-            route = self.route
-            route.ask()  # which may refuse it: then it may have another by now
-            if self.remote is not None and route.decision is None and self._request.prefill_result is not None:
-                self.remote.keep(self._request.prefill_result["disaggregated_params"])
+            step(*what)
         except DynamoException as e:
             self._refuse(e)
         except Exception as e:
             log.exception("request %s could not be routed", self.context.id())
             self._refuse(Unknown(f"the request could not be routed: {e!r}"))
+
+    def _ask(self, router: ModelRouter) -> None:
+        """Ask for a worker, together with the others of this turn."""
+        if self.route is None:
+            wanted = self._wanted or wanted_of(router, self._request, self.context)
+            self._wanted = None  # of this prompt, and of this way to it
+            if self._request.prefill_result is not None:
+                computed_elsewhere(wanted)
+                if self.remote is not None:
+                    self.remote.stay_near(wanted)
+            explain = self._answer.plan.explains_routing
+            self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
+        route = self.route
+        route.ask()  # which may refuse it: then it may have another by now
+        if self.remote is not None and route.decision is None and self._request.prefill_result is not None:
+            self.remote.keep(self._request.prefill_result["disaggregated_params"])
 
     def _refuse(self, error: DynamoException) -> None:
         """There will be no answer."""
