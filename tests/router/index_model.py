@@ -55,10 +55,13 @@ def check_consistency(index, naive) -> None:
         assert run.parent is tree.root or run.mask & ~run.parent.mask == 0
         assert all(child.parent is run for child in run.children)
         assert run.locals is None or len(run.locals) == len(run.seqs)
-        for seq in run.seqs:
-            assert tree.ids[seq % SHARDS][seq] == run.id
+        assert (run in tree.hiding) == bool(run.hidden)
+        assert run.hidden <= max(0, len(run.seqs) - 2)
+        for i, seq in enumerate(run.seqs):
+            assert (tree.ids[seq % SHARDS].get(seq) == run.id) == (not 1 <= i <= run.hidden)
             assert seq not in reached
             reached[seq] = run.mask
+    assert all(run.mask and tree.runs[run.id] is run for run in tree.hiding)
     assert len(index) == len(reached)
     assert set(index.holders()) == set(naive.held)
     holes = {}
@@ -76,7 +79,8 @@ def check_consistency(index, naive) -> None:
 
 
 def entered(index) -> set[int]:
-    """All blocks that are in memory, reached or not."""
+    """All blocks that are in memory, reached or not. Lets nothing be hidden."""
+    index._tree.show_all()
     return {seq for ids in index._tree.ids for seq in ids}
 
 

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynamo.llm.block_hash import sequence_hashes
+from dynamo.router import run_tree
 from dynamo.router.block_index import BlockIndex, UnknownParentError
 from tests.router.index_model import NaiveIndex, check_consistency, check_levels, entered
 
@@ -97,8 +98,11 @@ def compare(index, naive, paths) -> None:
         check_levels(index.levels(sequence))
 
 
+@pytest.mark.parametrize("hidden_from", [3, 16])
 @pytest.mark.parametrize("stream", [own_names(), foreign_names(), own_names() | foreign_names()])
-def test_any_stream_of_events_ends_where_a_naive_index_does(stream):
+def test_any_stream_of_events_ends_where_a_naive_index_does(stream, hidden_from, monkeypatch):
+    monkeypatch.setattr(run_tree, "HIDDEN_FROM", hidden_from)
+
     @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(events=st.lists(stream, max_size=30), paths=st.lists(locals_, min_size=1, max_size=5), keep=st.booleans())
     def run(events, paths, keep):
@@ -114,7 +118,9 @@ def test_any_stream_of_events_ends_where_a_naive_index_does(stream):
     run()
 
 
-def test_long_random_streams_of_long_prompts_agree_too():
+@pytest.mark.parametrize("hidden_from", [3, 16])
+def test_long_random_streams_of_long_prompts_agree_too(hidden_from, monkeypatch):
+    monkeypatch.setattr(run_tree, "HIDDEN_FROM", hidden_from)
     rnd = random.Random(1)
     index, naive = BlockIndex(), NaiveIndex()
     prompts = [[rnd.randrange(4) for _ in range(rnd.randrange(1, 60))] for _ in range(40)]

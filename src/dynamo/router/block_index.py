@@ -165,6 +165,8 @@ class BlockIndex(Generic[H]):
             if run.mask != mask:
                 levels.append(level((done, mask)))
                 mask = run.mask
+        if mask and self._tree.hiding:
+            self._tree.show_all()
         ahead = [(count, 0)]  # positions looked at already, with what was found, the nearest last
         while mask:
             position, further = ahead[-1]
@@ -308,7 +310,8 @@ class BlockIndex(Generic[H]):
         parent = tree.root if above is None else tree.run_of(above)
         if above is not None and not parent.mask & bit:
             parent = self._reach_back(slot, parent, above)
-        run = tree.run_of(seqs[0])
+        comes_first = above is None or parent.seqs[-1] == above
+        run = tree.run_from(seqs[0]) if comes_first else tree.run_of(seqs[0])
         if not run.mask:  # nobody has any of them
             tree.attach(parent, above, seqs, local_hashes, bit)
             return 0

@@ -7,6 +7,10 @@ own. Dictionaries lead from each sequence hash to its run.
 Runs keep hashes in arrays and the dictionaries map numbers to numbers, so that Python's garbage collector has nothing
 to look at but the runs. There are several, by the hash's last bits, because a dictionary that grows is copied whole,
 once in some million blocks: with two million in one piece, nothing else would happen for 90 ms.
+
+Of a long run the inner blocks are *hidden* at first: they are in no dictionary. Who follows a prompt comes in by a
+run's first block, and who adds to a run, or evicts it, by its last. Many a prompt is stored and evicted again without
+anybody asking for a block between; for the first who does, all that is hidden is entered.
 """
 
 import sys
@@ -20,13 +24,14 @@ SHARDS = 8  # a power of two; the longest pause is then 8 ms at two million bloc
 LAST_BITS = SHARDS - 1
 LAST_BITS_OF_BYTE = bytes(byte & LAST_BITS for byte in range(256))
 FEW = 8  # blocks that are entered one by one sooner than together
+HIDDEN_FROM = 16  # blocks of a run; to hide fewer saves nothing
 LOW_BYTE = 0 if sys.byteorder == "little" else 7  # of a hash in an array
 
 
 class Run:
     """A node of the tree. Its children follow its last block."""
 
-    __slots__ = ("children", "id", "locals", "mask", "parent", "seqs")
+    __slots__ = ("children", "hidden", "id", "locals", "mask", "parent", "seqs")
 
     def __init__(self, id_: int, seqs: "array[int]", local_hashes: "array[int] | None", mask: int) -> None:
         self.id = id_
@@ -35,7 +40,17 @@ class Run:
         self.mask = mask
         """Who reaches these blocks; 0 for a run that nobody reaches, whose blocks are still to be swept."""
         self.parent: Run = self
-        self.children: set[Run] = set()
+        self.children: set[Run] = NO_RUNS
+        self.hidden = 0
+        """So many blocks, from the second on, are hidden."""
+
+    def adopt(self, child: "Run") -> None:
+        """Let a run follow this one."""
+        child.parent = self
+        if self.children:
+            self.children.add(child)
+        else:
+            self.children = {child}
 
     def find(self, seq: int) -> int:
         """The position of a block in the run. Raises ValueError."""
@@ -54,6 +69,10 @@ class Run:
         return any(child.mask & bit for child in self.children)
 
 
+NO_RUNS: "set[Run]" = set()
+"""The children of all runs that have none. Never added to: see `Run.adopt`."""
+
+
 class RunTree:
     """All runs. With `keep_contents` they keep local hashes too (8 bytes a block)."""
 
@@ -65,6 +84,8 @@ class RunTree:
         self.ids: list[dict[int, int]] = [{} for _ in range(SHARDS)]
         """By the last bits of a sequence hash: sequence hash -> id of its run."""
         self._free_ids: list[int] = []
+        self.hiding: set[Run] = set()
+        """Runs with hidden blocks."""
         self.left: list[Run] = []
         """Runs that nobody reaches, whose blocks are still in `ids`: see `sweep`."""
         self._reached = 0
@@ -75,7 +96,37 @@ class RunTree:
 
     def run_of(self, seq: int) -> Run:
         """The run of a block; the root, or a run with an empty set, if nobody reaches it."""
+        run = self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
+        if not run.mask and self.hiding:  # it may be hidden, or be so in another run than in one that was left
+            self.show_all()
+            run = self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
+        return run
+
+    def run_from(self, seq: int) -> Run:
+        """As `run_of`, for a block that is the first of its run if it is in any: of a prompt, or after a run's last."""
         return self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
+
+    def show_all(self) -> None:
+        """Let nothing be hidden."""
+        while self.hiding:
+            self._show(next(iter(self.hiding)))
+
+    def _show(self, run: Run) -> None:
+        if run.hidden:
+            inner = run.seqs[1 : 1 + run.hidden]
+            self._enter(inner, inner, run)
+            run.hidden = 0
+            self.hiding.discard(run)
+
+    def _end_at(self, run: Run) -> None:
+        """The run has become shorter: let its last block be entered."""
+        if run.hidden and run.hidden >= len(run.seqs) - 1:
+            run.hidden = max(0, len(run.seqs) - 2)
+            if not run.hidden:
+                self.hiding.discard(run)
+            if run.seqs:
+                last = run.seqs[-1]
+                self.ids[last & LAST_BITS][last] = run.id
 
     def attach(self, parent: Run, last: int | None, seqs: list[int], local_hashes: list[int], bit: int) -> None:
         """Add blocks that nobody has, after the block `last` of `parent`, for one holder."""
@@ -84,15 +135,18 @@ class RunTree:
         packed = array("Q", seqs)
         if parent.mask == bit and not parent.children:
             run = parent
+            before = len(run.seqs)
             run.seqs.extend(packed)
             if run.locals is not None:
                 run.locals.fromlist(local_hashes)
         else:
-            run = self._add(packed, array("Q", local_hashes) if self.keep_contents else None, bit)
-            run.parent = parent
-            parent.children.add(run)
+            run, before = self._add(packed, array("Q", local_hashes) if self.keep_contents else None, bit), 0
+            parent.adopt(run)
         self._reached += len(seqs)
-        self._enter(seqs, packed, run)
+        if len(seqs) < HIDDEN_FROM or before > run.hidden + 2:
+            self._enter(seqs, packed, run)
+        else:
+            self._enter_ends(run, before)
 
     def append(self, bit: int, last: int, seq: int, local_hash: int) -> bool:
         """`attach` of one block, if `last` ends a run of this holder alone that nothing follows. Returns whether."""
@@ -109,6 +163,20 @@ class RunTree:
         own[seq] = run.id
         self._reached += 1
         return True
+
+    def _enter_ends(self, run: Run, before: int) -> None:
+        """Let the first and the last block lead to a run, which has grown from `before` blocks, and hide all others.
+
+        Of those before, all but the first and the last were hidden.
+        """
+        seqs, ids = run.seqs, self.ids
+        first, last = seqs[0], seqs[-1]
+        ids[first & LAST_BITS][first] = ids[last & LAST_BITS][last] = run.id
+        if before > 1:
+            inner = seqs[before - 1]
+            del ids[inner & LAST_BITS][inner]
+        run.hidden = len(seqs) - 2
+        self.hiding.add(run)
 
     def _enter(self, seqs: Iterable[int], packed: "array[int]", run: Run) -> None:
         """Let the blocks' hashes, given twice, lead to this run."""
@@ -131,11 +199,11 @@ class RunTree:
 
     def split(self, run: Run, length: int) -> tuple[Run, Run]:
         """Cut a run after `length` blocks. The longer part stays what it was; the shorter is entered anew."""
+        self._show(run)
         if 2 * length <= len(run.seqs):
             head, tail = self._add(run.seqs[:length], run.locals and run.locals[:length], run.mask), run
-            head.parent = run.parent
-            head.parent.children.discard(run)
-            head.parent.children.add(head)
+            run.parent.children.discard(run)
+            run.parent.adopt(head)
             del run.seqs[:length]
             if run.locals is not None:
                 del run.locals[:length]
@@ -149,8 +217,8 @@ class RunTree:
             if run.locals is not None:
                 del run.locals[length:]
             entered = tail
-        head.children = {tail}
-        tail.parent = head
+        head.children = NO_RUNS
+        head.adopt(tail)
         self._enter(entered.seqs, entered.seqs, entered)
         return head, tail
 
@@ -166,6 +234,7 @@ class RunTree:
 
     def _move_up(self, run: Run, length: int) -> Run:
         """Move the first `length` blocks of a run to the end of its parent, which has no other child."""
+        self._show(run)
         parent, moved = run.parent, run.seqs[:length]
         parent.seqs.extend(moved)
         if parent.locals is not None and run.locals is not None:
@@ -191,13 +260,17 @@ class RunTree:
         count = run.shared_end(seqs, done) if run.mask == bit and not run.children else 0
         if not count:
             return 0
-        dropped = run.seqs[-count:]
+        start = len(run.seqs) - count
+        dropped = run.seqs[max(start, 1 + run.hidden) if run.hidden else start :]
+        if run.hidden and not start:
+            dropped.append(run.seqs[0])
         last_bits = dropped.tobytes()[LOW_BYTE::8].translate(LAST_BITS_OF_BYTE)
         deque(map(delitem, map(self.ids.__getitem__, last_bits), dropped), maxlen=0)
         self._reached -= count
         del run.seqs[-count:]
         if run.locals is not None:
             del run.locals[-count:]
+        self._end_at(run)
         if not run.seqs:
             run.mask = 0
             run.parent.children.discard(run)
@@ -212,6 +285,7 @@ class RunTree:
             self._reached -= 1
             if run.locals is not None:
                 run.locals.pop()
+            self._end_at(run)
             if run.seqs:
                 return run
             run.mask = 0
@@ -224,6 +298,8 @@ class RunTree:
         others = run.mask ^ bit
         child = next(iter(run.children)) if len(run.children) == 1 else None
         if child is not None and child.mask == others:  # as when a long run is dropped block by block
+            self._show(run)
+            self._show(child)
             seq = run.seqs.pop()
             child.seqs.insert(0, seq)
             if run.locals is not None and child.locals is not None:
@@ -265,7 +341,9 @@ class RunTree:
             run.mask = 0
             run.parent.children.discard(run)
             run.parent = self.root
-            run.children = set()
+            run.children = NO_RUNS
+            run.hidden = 0
+            self.hiding.discard(run)
             self.left.append(run)
             self._reached -= len(run.seqs)
 
