@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
 from dynamo.runtime.discovery.etcd.settings import EtcdSettings
 from dynamo.runtime.errors import DiscoveryError
@@ -399,6 +400,30 @@ async def test_certificates_that_are_replaced_on_disk_are_used(tmp_path: Path) -
             server.start()
             await one.put(OTHER, b"2")
             assert set(await one.get_prefix(PREFIX)) == {KEY, OTHER}
+
+
+# --- the raw client
+
+
+async def test_a_program_may_keep_things_of_its_own(etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", etcd.url)
+    async with caller("etcd") as runtime:
+        client = runtime.etcd_client()
+        assert client is not None
+        await client.kv_create_or_validate("mine/a", b"1")
+        await client.kv_create_or_validate("mine/a", b"1")
+        with pytest.raises(DiscoveryError, match="another value"):
+            await client.kv_create_or_validate("mine/a", b"2")
+        await client.kv_put("mine/b", b"2")
+        found = await client.kv_get_prefix("mine/")
+        assert [(kv["key"], kv["value"], kv["version"], kv["lease"]) for kv in found] == [
+            ("mine/a", b"1", 1, 0),
+            ("mine/b", b"2", 1, 0),
+        ]
+
+
+async def test_without_etcd_there_is_no_client_of_it(runtime: DistributedRuntime) -> None:
+    assert runtime.etcd_client() is None
 
 
 # --- settings

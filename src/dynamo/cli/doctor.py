@@ -62,7 +62,7 @@ async def ping(host_port: str) -> float:
 
 async def examine(backend: str | None) -> list[Finding]:
     """Look at every instance in discovery. Raises DiscoveryError if it cannot be read, ValueError for a bad name."""
-    discovery = open_discovery(backend)
+    discovery = open_discovery(backend, wait_s=ANSWER_S)
     try:
         records = await discovery.get_prefix(f"{INSTANCES}/")
         cards = await discovery.get_prefix(f"{MODEL_CARDS}/")
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("dynamo doctor", "Who is there, which model does each serve, and does it answer?")
     parser.option(
         parser.add_argument_group("where"), "--discovery-backend", env="DYN_DISCOVERY_BACKEND", metavar="NAME",
-        help="which discovery to look into: file, or what this version has",
+        help="which discovery to look into: file or etcd",
     )  # fmt: skip
     args = parser.parse(argv)
     console = Console(soft_wrap=True)
@@ -137,6 +137,10 @@ def _engine() -> str:
 
 
 def _place(backend: str) -> str:
+    if backend == "etcd":
+        from dynamo.runtime.discovery.etcd.settings import EtcdSettings
+
+        return f", {', '.join(EtcdSettings.from_environ().endpoints)}"
     if backend != "file":
         return ""
     from dynamo.runtime.discovery.file import default_root

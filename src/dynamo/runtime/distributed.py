@@ -25,6 +25,7 @@ from dynamo.runtime.options import env_number
 from dynamo.runtime.server import RequestServer
 
 if TYPE_CHECKING:
+    from dynamo.runtime.discovery.etcd.client import EtcdClient
     from dynamo.runtime.system_server import SystemServer
 
 log = logging.getLogger(__name__)
@@ -123,6 +124,13 @@ class DistributedRuntime:
     def namespace(self, name: str) -> Namespace:
         """A namespace, as the first generation of this interface names endpoints. Raises ValueError."""
         return Namespace(self, name)
+
+    def etcd_client(self) -> "EtcdClient | None":
+        """etcd as the first generation of this interface offers it; None if discovery is another backend."""
+        from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
+        from dynamo.runtime.discovery.etcd.client import EtcdClient
+
+        return EtcdClient(self.discovery.gateway) if isinstance(self.discovery, EtcdDiscovery) else None
 
     # --- for components and clients
 

@@ -16,7 +16,7 @@ import zmq
 from dynamo import prometheus_names as names
 from dynamo.runtime.address import join_host_port, split_host_port
 from dynamo.runtime.discovery import Discovery
-from dynamo.runtime.errors import CannotConnect, InvalidArgument
+from dynamo.runtime.errors import CannotConnect, DiscoveryError, InvalidArgument
 from dynamo.runtime.events import Event, EventScope, new_publisher_id
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
@@ -32,7 +32,8 @@ from dynamo.runtime.zmq_channel import (
     zmq_socket,
 )
 
-rarely = Rarely(logging.getLogger(__name__))
+log = logging.getLogger(__name__)
+rarely = Rarely(log)
 
 LINGER_MS: Final = 500  # how long closing waits for the last events to leave
 
@@ -144,5 +145,7 @@ class ZmqPublisher:
         if discovery is not None:
             try:
                 await discovery.delete(self._key)
+            except DiscoveryError as e:
+                log.warning("leaving discovery: %s; the entry will expire", e)
             finally:
                 self._socket.close(LINGER_MS)

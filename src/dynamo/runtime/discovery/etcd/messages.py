@@ -29,7 +29,9 @@ class KeyValue(msgspec.Struct):
 
     key: bytes
     value: bytes = b""
+    create_revision: int = 0
     mod_revision: int = 0
+    version: int = 0
     lease: int = 0
 
 
