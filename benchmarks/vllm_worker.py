@@ -1,17 +1,19 @@
 """What does serving vLLM through this project gain over vLLM's own server?
 
-usage: python benchmarks/vllm_worker.py [--streams 64] [--requests 256] [--tokens 128] [--rounds 2] [--cores N]
+usage: python benchmarks/vllm_worker.py [--streams 64] [--requests 256] [--tokens 128] [--rounds 1] [--cores 1,all]
                                          [-- engine flags]
 
 Serves the demo model (5 million weights, so that what surrounds the engine shows) in turn by
   ours:  python -m dynamo.frontend and python -m dynamo.vllm
   vllm:  python -m vllm.entrypoints.openai.api_server
-with the same engine flags on the same cores (the first `cores` of the machine; all if not given), and drives each over
-HTTP with streaming chat requests on `streams` keep-alive connections, from a process of its own on the other cores, or
-on those too if there are none. Every round starts the servers anew, sends
-`requests` requests to warm up and as many to measure. Printed: output tokens a second, time to the first event,
-and CPU by process over the measured requests: the engine (vLLM's core and its worker) and all that is outside it.
-One round of both takes about two minutes.
+with the same engine flags on the same cores, and drives each over HTTP with streaming chat requests on `streams`
+keep-alive connections, from a process of its own on the other cores, or on those too if there are none. Once for each
+of `cores`: held to one core, everything a server does beside the engine is taken from the engine, as on a machine whose
+cores are busy; with cores to spare the engine's one worker process is the limit of both. Every round starts the
+servers anew, sends `requests` requests to warm up and as many to measure. Printed: output tokens a second, time to the
+first event, and CPU by process over the measured requests: the engine (vLLM's core and its worker) and all outside it.
+Goals: 1.15 x the tokens a second where cores are short, half of the CPU outside the engine. One round of both takes
+about two minutes.
 """
 
 import argparse
@@ -241,29 +243,37 @@ async def measure(side: str, model: Path, args: argparse.Namespace, seed: int) -
 
 
 def main() -> None:
-    """Run the rounds in turn, and print one line each and the comparison."""
+    """Measure on each number of cores."""
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--streams", type=int, default=64)
     ap.add_argument("--requests", type=int, default=256)
     ap.add_argument("--words", type=int, default=50, help="prompt length")
     ap.add_argument("--tokens", type=int, default=128, help="output tokens a request")
-    ap.add_argument("--rounds", type=int, default=2)
-    ap.add_argument("--cores", type=int, help="hold the servers to so many cores")
+    ap.add_argument("--rounds", type=int, default=1)
+    ap.add_argument("--cores", default="1,all", help="hold the servers to so many cores; several, one after another")
     ap.add_argument("--only", choices=SIDES)
     ap.add_argument("flags", nargs="*", help="engine flags for both sides, after --")
     args = ap.parse_args()
-    everywhere = os.sched_getaffinity(0)
-    args.served_by = set(sorted(everywhere)[: args.cores])
-    os.sched_setaffinity(0, everywhere - args.served_by or everywhere)
-    rounds: dict[str, list[Round]] = {side: [] for side in SIDES if args.only in (None, side)}
     with tempfile.TemporaryDirectory() as directory:
         model = make_demo_model(Path(directory) / "model")
-        for number in range(args.rounds):
-            for side, results in rounds.items():
-                result = uvloop.run(measure(side, model, args, 1000 * number))
-                results.append(result)
-                shares = ", ".join(f"{name} {s:.2f} s" for name, s in sorted(result.cpu_s.items()) if s >= 0.01)
-                print(f"{side}: {result.rate:.0f} tokens/s in {result.seconds:.1f} s; CPU: {shares}", flush=True)
+        everywhere = os.sched_getaffinity(0)
+        for cores in args.cores.split(","):
+            args.served_by = everywhere if cores == "all" else set(sorted(everywhere)[: int(cores)])
+            os.sched_setaffinity(0, everywhere - args.served_by or everywhere)
+            print(f"\n--- servers on {len(args.served_by)} of {len(everywhere)} cores", flush=True)
+            compare(model, args)
+            os.sched_setaffinity(0, everywhere)
+
+
+def compare(model: Path, args: argparse.Namespace) -> None:
+    """Measure both sides in turn, and print a line for each round and what they come to."""
+    rounds: dict[str, list[Round]] = {side: [] for side in SIDES if args.only in (None, side)}
+    for number in range(args.rounds):
+        for side, results in rounds.items():
+            result = uvloop.run(measure(side, model, args, 1000 * number))
+            results.append(result)
+            shares = ", ".join(f"{name} {s:.2f} s" for name, s in sorted(result.cpu_s.items()) if s >= 0.01)
+            print(f"{side}: {result.rate:.0f} tokens/s in {result.seconds:.1f} s; CPU: {shares}", flush=True)
     print(f"\n{'':6}{'tokens/s':>10}{'first event, ms':>17}{'CPU outside, us/token':>23}{'CPU engine, us/token':>22}")
     for side, results in rounds.items():
         rate = statistics.median(r.rate for r in results)
