@@ -9,22 +9,21 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
 from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
 from dynamo.frontend.migration import RETRY_S, Migration
-from dynamo.frontend.remote_prefill import PrefillPool, RemotePrefill, Unpaired, give_seed
-from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
+from dynamo.frontend.pools import Workers
+from dynamo.frontend.remote_prefill import RemotePrefill, Unpaired, give_seed
+from dynamo.frontend.route import OutputBlocks, Route, explained_route, name_rank, wanted_of
 from dynamo.llm.output import ChoiceDecoder, TextDelta
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
-from dynamo.llm.topology import Near
 from dynamo.router.computed_elsewhere import computed_elsewhere
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.model_split import ModelSplit
-from dynamo.router.transfer_time import TransferTime
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.context import Context
@@ -38,7 +37,6 @@ from dynamo.runtime.errors import (
     WorkerOverloaded,
     WorkerUnavailable,
 )
-from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
 
@@ -46,33 +44,6 @@ MAX_ATTEMPTS = 3  # workers tried while no connection to them can be made; nothi
 
 _decode = msgspec.msgpack.Decoder(EngineOutput).decode
 _decode_any = msgspec.msgpack.Decoder().decode
-
-
-class Workers(Protocol):
-    """Where a prompt can go: the workers of one model (`dynamo.frontend.worker_set.WorkerSet`)."""
-
-    router: ModelRouter | None
-    """Who says where, in its own time; None: `choose` does, at once."""
-    split: ModelSplit | None
-    """Who says which prompts the prefill workers get; None: all."""
-    transfer: TransferTime
-    """How long KV takes from them, learnt from answers."""
-
-    @property
-    def prefill(self) -> PrefillPool | None:
-        """Who computes prompts for these workers; None while they do it themselves."""
-
-    def choose(self, request: PreprocessedRequest, near: Near | None = None) -> int:
-        """The instance for this request. Raises WorkerUnavailable, or InvalidArgument for a pin that cannot be."""
-
-    def pairs(self, near: Near) -> bool:
-        """Whether one of them may have KV that must stay in a place."""
-
-    def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
-        """Send it; errors go to the sink."""
-
-    def avoid(self, instance_id: int) -> None:
-        """Leave an instance out of choices for a while: it has lost a request."""
 
 
 class _Choice:
@@ -492,11 +463,11 @@ class EngineStream:
 
     def explain_routing(self) -> dict[str, Any]:
         """Why the prompt went where it did."""
-        explained = _explained(self.route, self.instance_id) | {"attempts": self._attempts}
+        explained = explained_route(self.route, self.instance_id) | {"attempts": self._attempts}
         if self.split is not None:
             explained["split"] = self.split
         if self.remote is not None:
-            explained["prefill"] = _explained(self.remote.route, self.remote.instance_id)
+            explained["prefill"] = explained_route(self.remote.route, self.remote.instance_id)
             if self.remote.near is not None:
                 explained["near"] = self.remote.near.describe()
         return explained
@@ -534,11 +505,3 @@ class EngineStream:
             ttft_s,
             (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
         )
-
-
-def _explained(route: Route | None, instance_id: int | None) -> dict[str, Any]:
-    decision = route.decision if route is not None else None
-    if decision is None:
-        reason = "the router mode of this server looks at no cache; --router-mode kv does"
-        return {"policy": None, "reason": reason, "worker": {"worker_id": instance_id}}
-    return {**(decision.explanation or {}), "queued_ms": decision.queued_ms, "hit_rate": decision.hit_rate}

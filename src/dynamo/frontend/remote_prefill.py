@@ -9,10 +9,11 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 
+from dynamo.frontend.pools import PrefillPool
 from dynamo.frontend.route import Route, name_rank, wanted_of
 from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
@@ -21,34 +22,12 @@ from dynamo.router.model_router import ModelRouter
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown, WorkerUnavailable
-from dynamo.runtime.streams import StreamSink
 
 log = logging.getLogger(__name__)
 
 MAX_SEED = 2**31 - 1  # every engine takes so much
 
 _decode = msgspec.msgpack.Decoder(EngineOutput).decode
-
-
-class PrefillPool(Protocol):
-    """The prefill workers of one model (`dynamo.frontend.worker_set.WorkerSet`)."""
-
-    router: ModelRouter | None
-
-    def choose(self, request: PreprocessedRequest) -> int:
-        """See `dynamo.frontend.engine_stream.Workers`."""
-
-    def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
-        """Send it; errors go to the sink."""
-
-    def near(self, instance_id: int) -> Near | None:
-        """Where the KV of this worker may, or should, go."""
-
-    def keep(self, handle: dict[str, Any]) -> Keeping | None:
-        """Let the KV not expire before a decode worker has the request."""
-
-    def give_back(self, handle: dict[str, Any]) -> None:
-        """Tell the worker that nobody will fetch the KV."""
 
 
 class Unpaired(WorkerUnavailable):

@@ -4,6 +4,7 @@ A `Route` is one prompt's account: asked for a worker, booked at it, closed at t
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import msgspec
 
@@ -87,6 +88,15 @@ class Route(msgspec.Struct, eq=False):
         """It ended otherwise, or waits and is not wanted any more."""
         if self.ticket is not None:
             self.ticket.cancel()
+
+
+def explained_route(route: Route | None, instance_id: int | None) -> dict[str, Any]:
+    """Why a prompt went to this instance, for people; without a route its router looked at nothing."""
+    decision = route.decision if route is not None else None
+    if decision is None:
+        reason = "the router mode of this server looks at no cache; --router-mode kv does"
+        return {"policy": None, "reason": reason, "worker": {"worker_id": instance_id}}
+    return {**(decision.explanation or {}), "queued_ms": decision.queued_ms, "hit_rate": decision.hit_rate}
 
 
 class OutputBlocks:
