@@ -279,12 +279,11 @@ class BlockIndex(Generic[H]):
             slot.names = self._own_names(slot)
         fresh = self._reach(slot, above, seqs, local_hashes)
         added = count - fresh
-        filled = NONE
-        if fresh and slot.holes:
-            filled = self._fill_all(slot, seqs[:fresh])
+        if slot.holes or slot.names is not None:
+            filled = self._fill_all(slot, seqs[:fresh]) if fresh and slot.holes else NONE
             added += len(filled)
-        if slot.names is not None:
-            self._name(slot, slot.names, names, seqs, filled.union(seqs[fresh:]))
+            if slot.names is not None:
+                self._name(slot, slot.names, names, seqs, filled.union(seqs[fresh:]))
         slot.blocks += added
         if self._tree.left:
             self.sweep(2 * count + MIN_SWEPT)

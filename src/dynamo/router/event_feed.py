@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from dynamo.llm.kv_events import RouterEvent
+from dynamo.llm.kv_events import KvEventData, RouterEvent
 from dynamo.router.event_metrics import FeedMetrics
 from dynamo.router.event_recovery import ask, publisher_of, read_source
 from dynamo.router.event_stream import EventStream, StreamState
@@ -36,6 +36,7 @@ from dynamo.runtime.metrics import Metrics
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
 
+_OK = Outcome.OK
 TICK_S = 0.5
 QUIET_S = 1.5  # a worker that says nothing for this long is asked once whether that was all
 SOURCE_GRACE_S = 2.0  # a publisher's source may show in discovery this much later than its first event
@@ -334,19 +335,26 @@ class KvEventFeed:
                 f"undecodable {publisher.id}", "publisher %x sent what are no KV events: %s", publisher.id, e
             )
             return
+        ranks: dict[Any, EventStream] = publisher.streams  # a key is equal to a plain pair, which is made sooner
         for event in events:
-            worker = WorkerKey(event.worker_id, event.event.dp_rank)
-            stream = publisher.streams.get(worker)
+            stream = ranks.get((event.worker_id, event.event.dp_rank))
             if stream is None:
-                stream = self._meet(publisher, worker)
+                stream = self._meet(publisher, WorkerKey(event.worker_id, event.event.dp_rank))
             if stream is None or stream.closed:
                 continue
-            gaps = stream.gaps
-            must_ask = stream.hear(event)
-            if stream.gaps != gaps:
-                self._note_gap(stream)
-            if must_ask:
-                self._recover(publisher, stream)
+            if stream.is_next(event):  # as nearly always
+                self._apply(publisher, stream.worker, event)
+            else:
+                self._hear_otherwise(publisher, stream, event)
+
+    def _hear_otherwise(self, publisher: _Publisher, stream: EventStream, event: RouterEvent) -> None:
+        """An event came that is not the next one, or not at a time for it."""
+        gaps = stream.gaps
+        must_ask = stream.hear(event)
+        if stream.gaps != gaps:
+            self._note_gap(stream)
+        if must_ask:
+            self._recover(publisher, stream)
 
     def _meet(self, publisher: _Publisher, worker: WorkerKey) -> EventStream | None:
         """A publisher speaks for a rank for the first time. None if it is not its own."""
@@ -380,7 +388,13 @@ class KvEventFeed:
         if event.residency_domain != "worker":
             self._metrics.warn("unsupported_residency_domain")
             return
-        outcome = self.index.apply(worker, event.storage_tier, change := event.event.change)
+        change = event.event.data
+        if change.__class__ is not KvEventData:
+            change = event.event.change
+        outcome = self.index.apply(worker, event.storage_tier, change)
+        if outcome is _OK and change.stored is not None:
+            self._metrics.stored.value += 1
+            return
         self._metrics.applied(change, outcome)
         if outcome is Outcome.UNKNOWN_PARENT:
             self._doubt(publisher, worker)

@@ -40,9 +40,9 @@ class FeedMetrics:
             names.kv_ingress.SOURCES, "Sources of KV events, by how much is known of them", ["state"], base=base
         )
         self.batches = metrics.counter(names.kv_ingress.BATCHES_TOTAL, "Messages with KV events", base=base).labels()
-        self._known: dict[tuple[str, Outcome], Counter] = {}
-        self._stored: Counter | None = None
-        """That of blocks stored in order, which nearly all are."""
+        self.stored = self._applied.labels("stored", _OK.value)
+        """Counts what nearly all events are: blocks stored in order."""
+        self._known: dict[tuple[str, Outcome], Counter] = {("stored", _OK): self.stored}
         self._blocks = metrics.gauge(
             names.kv_ingress.INDEX_BLOCKS, "Different KV blocks that the index knows", base=base
         )
@@ -53,16 +53,11 @@ class FeedMetrics:
 
     def applied(self, change: KvEventData, outcome: Outcome) -> None:
         """An event came to the index."""
-        if outcome is _OK and change.stored is not None and self._stored is not None:
-            self._stored.value += 1
-            return
         kind = "stored" if change.stored is not None else "removed" if change.removed is not None else "cleared"
         counter = self._known.get((kind, outcome))
         if counter is None:
             status = Outcome.OK if outcome is Outcome.DUPLICATE else outcome
             counter = self._known[kind, outcome] = self._applied.labels(kind, status.value)
-            if kind == "stored" and outcome is _OK:
-                self._stored = counter
         counter.value += 1
         if outcome in _WARNINGS:
             self.warn(_WARNINGS[outcome])

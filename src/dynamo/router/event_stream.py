@@ -51,6 +51,14 @@ class EventStream:
         self._reset = reset
         self._held: deque[RouterEvent] = deque(maxlen=HELD_EVENTS)
 
+    def is_next(self, event: RouterEvent) -> bool:
+        """Whether this is the event that is due, for the caller to apply. Notes it as heard then; else `hear` it."""
+        number = event.event.event_id
+        if number != self.expected or self.state is _RECOVERING:
+            return False
+        self.expected = number + 1
+        return True
+
     def hear(self, event: RouterEvent) -> bool:
         """An event has come. Returns whether the worker must be asked for what is missing before it."""
         number = event.event.event_id

@@ -119,12 +119,13 @@ class TierIndex:
         """What a worker said has happened. Never raises: an event that makes no sense is an outcome."""
         stored = data.stored
         if stored is not None:
-            if tier == "device" and len(stored.blocks) == 1 and stored.parent_hash is not None:
-                block = stored.blocks[0]
-                if self.index.append(worker, stored.parent_hash, block.block_hash, block.tokens_hash):
+            blocks, parent = stored.blocks, stored.parent_hash
+            if tier == "device" and len(blocks) == 1 and parent is not None:
+                block = blocks[0]
+                if self.index.append(worker, parent, block.block_hash, block.tokens_hash):
                     return _OK
             try:
-                return Outcome.OK if self.store(worker, tier, stored) else Outcome.DUPLICATE
+                return _OK if self.store(worker, tier, stored) else Outcome.DUPLICATE
             except UnknownParentError:
                 return Outcome.UNKNOWN_PARENT
             except ValueError:
