@@ -10,9 +10,12 @@ PORT ?= 8000
 OUT ?= vllm
 # Engine flags of your own, e.g. FLAGS="--max-model-len 4096"
 FLAGS ?=
+# How long to break things, and in which order
+SECONDS ?= 60
+SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint bench docs clean
+.PHONY: help run install test lint bench chaos docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -37,6 +40,9 @@ test: lint  ## Everything: lint and all tests, the real engine's included
 
 bench: install  ## Measure against the peer and write docs/reference/benchmarks.md (about an hour)
 	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+chaos: install  ## Break a deployment under load for SECONDS, by SEED, and hold it to its promises (needs root)
+	$(BIN)/python -m chaos --seconds $(SECONDS) --seed $(SEED) $(CHAOS_ARGS)
 
 docs: install  ## Write docs/reference/cli.md anew from the parsers
 	$(BIN)/python scripts/cli_reference.py

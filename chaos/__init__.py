@@ -1,0 +1,1 @@
+"""What breaks when things break? `make chaos`: real processes on hosts of their own, hurt on purpose under load."""

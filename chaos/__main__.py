@@ -1,0 +1,142 @@
+"""What breaks when things break?
+
+usage: python -m chaos [--seconds 60] [--seed 1] [--once] [--backend file] [--faults WORDS] [--out build/chaos]
+Starts two frontends and four simulated workers on hosts of their own, has clients ask them steadily, and breaks one
+thing after the other. Exit status 0: all held, or it cannot be tried here, which it says; 1: something did not hold.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from chaos.faults import FAULTS, ROLLING, Fault, Scene
+from chaos.fleet import MODEL, Fleet, Settings
+from chaos.load import Load
+from chaos.network import Network, remove_leftovers, why_not
+from chaos.questions import Questioner
+from chaos.report import Report, Window
+from dynamo.cli.demo_model import make_demo_model
+
+QUESTIONS = 400
+DISK_BYTES = 256 << 10  # of the disk that hosts share: enough for all that stands there
+FIRST_S = 2.0  # of load before the first fault
+BETWEEN_S = 0.5
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("chaos", description="Break a deployment under load, and hold it to its promises.")
+    parser.add_argument("--seconds", type=float, default=60, help="how long to go on breaking things")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is left to chance")
+    parser.add_argument("--backend", choices=["file"], default="file", help="how processes find each other")
+    parser.add_argument("--router-mode", default="kv", help="of both frontends")
+    parser.add_argument("--clients", type=int, default=12, help="that ask at once")
+    parser.add_argument("--faults", default="", help="only those with one of these words in their names, by comma")
+    parser.add_argument("--once", action="store_true", help="each fault once, however long that takes")
+    parser.add_argument("--no-rolling", action="store_true", help="leave out the rolling restarts at the end")
+    parser.add_argument("--out", type=Path, default=Path("build/chaos"), help="for the report and the logs")
+    return parser.parse_args()
+
+
+def plan(words: str, draw: random.Random) -> list[tuple[str, Fault]]:
+    """All faults that are wanted, in an order of the seed's. Raises SystemExit where there is none."""
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    faults = [(name, fault) for name, fault in FAULTS.items() if not wanted or any(word in name for word in wanted)]
+    if not faults:
+        raise SystemExit(f"no fault has any of {wanted} in its name; there are: {', '.join(FAULTS)}")
+    draw.shuffle(faults)
+    return faults
+
+
+async def break_things(scene: Scene, args: argparse.Namespace, began: float) -> list[Window]:
+    """One fault after the other, until the time is over; then the rolling restarts."""
+    windows: list[Window] = []
+
+    async def run(name: str, fault: Fault, *, rolling: bool = False) -> None:
+        started = time.monotonic() - began
+        scene.target = "all in turn"
+        await fault(scene)
+        mended = time.monotonic() - began
+        await scene.fleet.until_whole()
+        windows.append(Window(name, scene.target, started, mended, time.monotonic() - began, rolling))
+        print(f"{started:6.1f} s  {name} ({scene.target})", flush=True)
+        await asyncio.sleep(BETWEEN_S)
+
+    faults = plan(args.faults, scene.random)
+    await asyncio.sleep(FIRST_S)
+    while len(windows) < len(faults) if args.once else time.monotonic() - began < args.seconds:
+        name, fault = faults[len(windows) % len(faults)]
+        await run(name, fault)
+    if not args.no_rolling:
+        for name, fault in ROLLING.items():
+            await run(name, fault, rolling=True)
+    return windows
+
+
+async def run(args: argparse.Namespace, network: Network, settings: Settings) -> Report:
+    draw = random.Random(args.seed)
+    questioner = Questioner(settings.model, MODEL, args.seed)
+    questions = [await questioner.make() for _ in range(QUESTIONS)]
+    fleet = Fleet(network, settings, [])
+    try:
+        await fleet.start()
+        load = Load({member.name: fleet.url(member) for member in fleet.frontends}, questions, args.clients)
+        began = time.monotonic()
+        load.start()
+        windows = await break_things(Scene(fleet, load, questioner, draw), args, began)
+        await load.stop()
+        seconds = time.monotonic() - began
+        await fleet.leave()
+        return Report(args.seed, args.backend, seconds, windows, load.answers, began, left_behind(fleet))
+    finally:
+        fleet.kill()
+
+
+def left_behind(fleet: Fleet) -> list[str]:
+    """What should be gone now that all have left in order."""
+    said = [f"{m.name} ended with status {m.exits[-1]}" for m in fleet.members if m.exits and m.exits[-1] != 0]
+    keys = [path.name for path in (fleet.settings.shared / "discovery").rglob("*") if path.is_file()]
+    keys = [name for name in keys if not name.startswith(".")]
+    return said + ([f"{len(keys)} keys stayed in discovery: {keys[:3]}"] if keys else [])
+
+
+def main() -> int:
+    """Run, print and write the report. Returns the exit status."""
+    args = arguments()
+    if (why := why_not()) is not None:
+        print(f"chaos: skipped: it {why}")
+        return 0
+    remove_leftovers()
+    out: Path = args.out.absolute()
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    for old in (out / "logs").iterdir():
+        if old.is_file():
+            old.unlink()
+    shared = out / f"disk-{os.getpid()}"
+    shared.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(shared)], check=True)
+    model = make_demo_model(out / "model", weights=False)
+    settings = Settings(model, out / "logs", shared, router_mode=args.router_mode)
+    names = [f"f{i}" for i in range(settings.frontends)] + [f"w{i}" for i in range(settings.workers)]
+    network = Network(names, args.seed)
+    try:
+        network.enter()
+        report = asyncio.run(run(args, network, settings))
+    finally:
+        network.close()
+        subprocess.run(["umount", "-l", str(shared)], check=False)
+        shared.rmdir()
+    text = report.as_text()
+    (out / "report.txt").write_text(text + "\n")
+    (out / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")
+    print(text)
+    return 1 if report.broken() else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
