@@ -139,7 +139,7 @@ async def test_a_worker_cut_off_for_longer_than_its_lease_registers_again(etcd: 
 
 
 async def test_a_watch_that_was_cut_goes_on_where_it_ended(etcd: EtcdServer, gate: Gate) -> None:
-    async with member(etcd.url) as one, member(gate.url, ttl_s=30) as other:
+    async with member(etcd.url) as one, member(gate.url) as other:
         await one.put(KEY, b"1")
         await one.put(OTHER, b"1")
         follower = await told(other, KEY, OTHER)
@@ -155,7 +155,7 @@ async def test_a_compaction_while_a_watcher_is_away_costs_it_nothing(
     etcd: EtcdServer, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    async with member(etcd.url) as one, member(gate.url, ttl_s=30) as other:
+    async with member(etcd.url) as one, member(gate.url) as other:
         await one.put(KEY, b"1")
         await one.put(OTHER, b"1")
         follower = await told(other, KEY, OTHER)
@@ -269,6 +269,23 @@ async def test_three_members_and_the_leader_is_killed(tmp_path: Path) -> None:
             assert set(rest.keys()) == {KEY, OTHER}
             assert set(rest.keys().values()) == rest.leases()
             assert follower.gone == bystander.gone == []
+
+
+async def test_three_members_and_the_leader_stands_still_for_longer_than_a_lease(tmp_path: Path) -> None:
+    # When it wakes it thinks that it still leads, and that all leases have ended: etcd before 3.5.13 then ends them.
+    with running(*(EtcdServer(tmp_path / f"m{i}", f"m{i}") for i in range(3))) as servers:
+        urls = [server.url for server in servers]
+        async with member(*urls) as one, member(*urls) as other:
+            await one.put(KEY, b"1", create=True)
+            follower = await told(other, KEY)
+            [leader] = [server for server in servers if server.is_leader()]
+            leader.signal(signal.SIGSTOP)
+            await asyncio.sleep(TTL_S * 1.75)
+            leader.signal(signal.SIGCONT)
+            await asyncio.sleep(TTL_S * 1.5)
+            assert follower.gone == []
+            assert set(leader.keys()) == {KEY}
+            assert set(leader.keys().values()) == leader.leases()
 
 
 async def test_a_member_that_lost_its_majority_is_not_watched_on(tmp_path: Path) -> None:

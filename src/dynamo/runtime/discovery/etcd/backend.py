@@ -13,7 +13,7 @@ from dynamo.runtime.discovery.directory import split_key
 from dynamo.runtime.discovery.etcd.errors import EtcdUnavailable
 from dynamo.runtime.discovery.etcd.followed import Bucket, entries
 from dynamo.runtime.discovery.etcd.gateway import EtcdGateway
-from dynamo.runtime.discovery.etcd.messages import RANGE, Ranged, prefix_range
+from dynamo.runtime.discovery.etcd.messages import LEFT, RANGE, Ranged, prefix_range
 from dynamo.runtime.discovery.etcd.owned import OPERATION_S, OwnedKeys
 from dynamo.runtime.discovery.etcd.settings import EtcdSettings
 from dynamo.runtime.discovery.protocol import Put
@@ -65,7 +65,7 @@ class EtcdDiscovery:
         found = entries(answer.kvs)
         kept = bucket.merge(found, answer.header) if bucket is not None else {}
         kept = {key: value for key, value in kept.items() if key.startswith(prefix)}
-        return kept | {key: entry.value for key, entry in found.items()}
+        return kept | {key: entry.value for key, entry in found.items() if entry.value != LEFT}
 
     def watch(self, prefix: str) -> Watch:
         """See `Discovery.watch`."""

@@ -2,11 +2,15 @@
 
 A watch that ends is taken up where it ended. If etcd no longer has the changes since then (compaction), or is not the
 store it was (restored, or begun anew), the bucket is listed again and the difference told.
+
+A key that goes without its owner saying so (`LEFT`) is kept for a moment: leases also end by mistake, for all owners at
+once (an old leader that was stopped, in etcd before 3.5.13), and an owner that lives puts its keys again.
 """
 
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -14,6 +18,7 @@ import msgspec
 from dynamo.runtime.discovery.etcd.errors import EtcdRefused, EtcdUnavailable, NotHere
 from dynamo.runtime.discovery.etcd.gateway import EtcdGateway
 from dynamo.runtime.discovery.etcd.messages import (
+    LEFT,
     RANGE,
     Event,
     Header,
@@ -57,8 +62,8 @@ class Bucket:
         self._revision = 0
         """What is known is the truth as of this revision of the store; 0: list first."""
         self._term = 0
-        self._absent: set[str] = set()
-        """Keys that are gone from etcd, and kept for a while because their owners may be there all the same."""
+        self._absent: dict[str, float] = {}
+        """Keys that are gone from etcd, and kept until this time because their owners may be there all the same."""
 
     async def follow(self) -> None:
         """Follow for ever."""
@@ -89,11 +94,11 @@ class Bucket:
 
     def settle(self) -> None:
         """Let go of keys that are gone, once that means something."""
-        if self._absent and self._gateway.absence_counts():
-            absent, self._absent = self._absent, set()
-            for key in absent:
-                del self.known[key]
-                self._tell(Delete(key))
+        if not self._gateway.absence_counts():
+            return
+        now = time.monotonic()
+        for key in [key for key, until in self._absent.items() if until <= now]:
+            self._let_go(key)
 
     # --- the list, and the watch
 
@@ -114,7 +119,7 @@ class Bucket:
             self._put(key, entry)
         for key, entry in tuple(self.known.items()):
             if key not in found and entry.revision <= answer.header.revision:  # else a look was ahead of this list
-                self._delete(key)
+                self._doubt(key)
         self._revision = answer.header.revision
         self.listed = True
 
@@ -147,25 +152,31 @@ class Bucket:
             return  # a look was ahead of the watch
         if event.type == "DELETE":
             if known is not None:
-                self._delete(key)
+                self._doubt(key)
         elif key:
             self._put(key, Entry(event.kv.value, event.kv.mod_revision))
 
     # --- one key
 
     def _put(self, key: str, entry: Entry) -> None:
-        self._absent.discard(key)
+        if entry.value == LEFT:
+            self._let_go(key)
+            return
+        self._absent.pop(key, None)
         if self.known.get(key) != entry:
             self.known[key] = entry
             self._tell(Put(key, entry.value))
 
-    def _delete(self, key: str) -> None:
-        if self._gateway.absence_counts():
-            del self.known[key]
-            self._absent.discard(key)
+    def _doubt(self, key: str) -> None:
+        if key not in self._absent:
+            doubt_s = self._gateway.settings.doubt_s
+            self._absent[key] = time.monotonic() + doubt_s
+            asyncio.get_running_loop().call_later(doubt_s, self.settle)
+
+    def _let_go(self, key: str) -> None:
+        self._absent.pop(key, None)
+        if self.known.pop(key, None) is not None:
             self._tell(Delete(key))
-        else:
-            self._absent.add(key)
 
 
 def entries(kvs: list[KeyValue]) -> dict[str, Entry]:

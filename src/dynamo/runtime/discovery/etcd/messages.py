@@ -14,6 +14,9 @@ GRANT, KEEP_ALIVE, REVOKE, TIME_TO_LIVE = (
     "/v3/lease/grant", "/v3/lease/keepalive", "/v3/lease/revoke", "/v3/lease/timetolive"
 )  # fmt: skip
 
+LEFT = b"null"
+"""The value of a key just before its owner deletes it: what tells leaving from a lease that ended."""
+
 T = TypeVar("T")
 
 

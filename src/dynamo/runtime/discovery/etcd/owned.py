@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from dynamo.runtime.discovery.etcd.errors import EtcdUnavailable, KeyTaken, LeaseExists, LeaseGone
@@ -10,6 +11,7 @@ from dynamo.runtime.discovery.etcd.gateway import EtcdGateway
 from dynamo.runtime.discovery.etcd.messages import (
     GRANT,
     KEEP_ALIVE,
+    LEFT,
     PUT,
     REVOKE,
     TIME_TO_LIVE,
@@ -25,6 +27,7 @@ from dynamo.runtime.errors import DiscoveryError
 log = logging.getLogger(__name__)
 
 OPERATION_S = 10.0  # one lease: an etcd that is away for longer is an error of the operation
+TXN_KEYS = 100  # etcd takes 128 operations in one transaction
 REVOKE_S = 5.0  # a process that ends waits no longer; its keys then go with the lease's time
 
 
@@ -87,6 +90,7 @@ class OwnedKeys:
             return
         try:
             async with asyncio.timeout(REVOKE_S):
+                await self._say_left(lease, tuple(self._values))
                 await self._gateway.call(REVOKE, {"ID": str(lease)}, Done)
         except LeaseGone:
             pass
@@ -180,8 +184,17 @@ class OwnedKeys:
     async def _remove(self, key: str) -> None:
         """Delete a key if it is still under our lease."""
         if self._lease is not None:
+            await self._say_left(self._lease, (key,))
             condition = _compare(key, "LEASE", "lease", self._lease)
             await self._transact(condition, {"request_delete_range": {"key": key.encode()}}, None, within_s=0.0)
+
+    async def _say_left(self, lease: int, keys: Sequence[str]) -> None:
+        """Tell watchers that these do not go because a lease ended by mistake."""
+        for at in range(0, len(keys), TXN_KEYS):
+            some = keys[at : at + TXN_KEYS]
+            conditions = [_compare(key, "LEASE", "lease", lease) for key in some]
+            puts = [{"request_put": _put_request(key, LEFT, lease)} for key in some]
+            await self._gateway.call(TXN, {"compare": conditions, "success": puts}, TxnAnswer)
 
     async def _transact(
         self,

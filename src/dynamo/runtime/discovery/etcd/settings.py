@@ -40,6 +40,11 @@ class EtcdSettings:
         """How long one endpoint may take to answer: several are tried, or one again, before the lease ends."""
         return self.ttl_s / 4
 
+    @property
+    def doubt_s(self) -> float:
+        """How long a key without a lease is kept: an owner that lives puts it again at its next beat."""
+        return self.ttl_s / 2
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "EtcdSettings":
         """Read the variables. Raises ValueError naming the one that is wrong."""
