@@ -52,8 +52,10 @@ class Worker:
         await until(lambda: "vllm is ready" in self.log(), START_S, self)
         found = re.search(r"vllm is ready: \S+ by 1 worker at dyn://(\S+)", self.log())
         assert found
-        self.client = await runtime.endpoint(found.group(1)).client()
-        (self.instance_id,) = await self.client.wait_for_instances(10)
+        self.client = client = await runtime.endpoint(found.group(1)).client()
+        (told,) = msgspec.json.decode(await asyncio.to_thread(_get, f"{self.system_url()}/engine/role"))["workers"]
+        self.instance_id = told["worker_id"]
+        await until(lambda: self.instance_id in client.instance_ids(), 10, self)
 
     async def become(self, runtime: DistributedRuntime, role: str) -> None:
         """Tell it to change its role, and find it at its new place."""
