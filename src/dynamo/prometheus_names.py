@@ -83,6 +83,12 @@ class transport:
         SERVER_QUEUE_DEPTH = "tcp_server_queue_depth"
         ACCEPT_BACKOFF_TOTAL = "tcp_accept_backoff_total"
 
+    class nats:
+        """The connection to NATS. `connected` is this project's own."""
+
+        ERRORS_TOTAL = "nats_errors_total"
+        CONNECTED = "nats_connected"
+
 
 class event_plane:
     """Publishing and receiving events (`dynamo_component_`). These names are this project's own."""

@@ -169,7 +169,14 @@ async def test_what_was_asked_for_and_is_not_there_is_an_error(
         DistributedRuntime(discovery_backend="mem")
 
 
-@pytest.mark.parametrize("plane", ["request_plane", "event_plane", "response_plane"])
-async def test_a_plane_of_a_later_version_says_so(plane: str) -> None:
-    with pytest.raises(ValueError, match="is not in this version"):
-        DistributedRuntime(discovery_backend="mem", **{plane: "nats"})
+@pytest.mark.parametrize(
+    ("plane", "name", "said"),
+    [
+        ("request_plane", "quic", "not one of tcp, nats"),
+        ("event_plane", "kafka", "not one of zmq, nats"),
+        ("response_plane", "nats", "use tcp"),
+    ],
+)
+async def test_a_plane_that_is_not_there_says_so(plane: str, name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        DistributedRuntime(discovery_backend="mem", **{plane: name})

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 INSTANCES = "v1/instances"
 MODEL_CARDS = "v1/mdc"
 SCHEME = "dyn://"
+NATS = "nats:"  # before the inbox of a process that is reached by way of NATS, where others have host:port
 
 _NAME = re.compile(r"[^\s./\\%\x00-\x1f\x7f]{1,120}")  # 120: three names and an id still fit a file name when encoded
 

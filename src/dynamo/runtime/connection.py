@@ -7,11 +7,11 @@ callback: decode once, call the sinks, flush each sink touched. The pool owns th
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, cast
 
 from dynamo.runtime import wire
-from dynamo.runtime.address import split_host_port
+from dynamo.runtime.address import NATS, split_host_port
 from dynamo.runtime.context import CancelLevel, Context
 from dynamo.runtime.errors import (
     Cancelled,
@@ -28,6 +28,9 @@ from dynamo.runtime.instances import Target
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.streams import StreamSink
+
+if TYPE_CHECKING:
+    from dynamo.runtime.nats.transport import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ class Call:
 
 
 class Connection(asyncio.Protocol):
-    """One TCP connection to a worker process."""
+    """One connection to a worker process: of TCP, or what stands for it on NATS."""
 
     def __init__(self, host_port: str, pool: "ConnectionPool") -> None:
         self.host_port = host_port
@@ -141,8 +144,8 @@ class Connection(asyncio.Protocol):
     def _flush(self) -> None:
         self._scheduled = False
         out = self._out
-        if self._transport is None or not out:
-            return
+        if self._transport is None or self._transport.is_closing() or not out:
+            return  # what broke tells every call of it in a moment
         self._out = []
         if len(out) == 1:
             self._transport.write(out[0])
@@ -302,12 +305,13 @@ class Connection(asyncio.Protocol):
 
     async def connect(self) -> None:
         """Open the connection and wait for the worker's greeting. Never raises: failure ends all calls."""
-        host, port = split_host_port(self.host_port)
         limit_s = self._pool.connect_timeout_s
         try:
             async with asyncio.timeout(limit_s):
-                await self._loop.create_connection(lambda: self, host, port)
+                await self._pool.dial(self.host_port, self)
                 await self._greeting
+        except CannotConnect as e:
+            self.fail(CannotConnect(f"cannot connect to {self.host_port}: {e.message}"))
         except TimeoutError:
             self.fail(CannotConnect(f"{self.host_port} did not answer within {limit_s:g} s"))
         except OSError as e:
@@ -323,15 +327,18 @@ class Connection(asyncio.Protocol):
             silent_s = MISSED_PINGS * self._pool.ping_interval_s
             log.warning("worker at %s was silent for %g s; giving the connection up", self.host_port, silent_s)
             self.fail(Disconnected(f"{self.host_port} was silent for {silent_s:g} s"))
-        elif self._transport is not None:
+        elif self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.PING_FRAME)
 
 
 class ConnectionPool:
-    """All connections of one runtime to workers."""
+    """All connections of one runtime to workers. `exchange` gives the way to those that are reached by NATS."""
 
-    def __init__(self, process: str, metrics: Metrics) -> None:
+    def __init__(
+        self, process: str, metrics: Metrics, exchange: "Callable[[], Awaitable[Exchange]] | None" = None
+    ) -> None:
         self.process = process
+        self._exchange = exchange
         self.stats = metrics.request_plane
         self.sockets = metrics.transport
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
@@ -357,6 +364,16 @@ class ConnectionPool:
             if self._timer is None:
                 self._timer = loop.call_later(self.ping_interval_s, self._tick, loop)
         return connection
+
+    async def dial(self, host_port: str, connection: Connection) -> None:
+        """Make the connection. Raises CannotConnect, OSError; the caller bounds the time."""
+        if not host_port.startswith(NATS):
+            await asyncio.get_running_loop().create_connection(lambda: connection, *split_host_port(host_port))
+        elif self._exchange is None:
+            raise CannotConnect("there is no way to NATS here")
+        else:
+            exchange = await self._exchange()
+            await exchange.dial(host_port.removeprefix(NATS), connection)
 
     def probe(self, host_port: str) -> None:
         """Connect if we are not; listeners hear whether it went well, at once if it has."""

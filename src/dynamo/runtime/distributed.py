@@ -17,7 +17,7 @@ from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.component import Endpoint, Namespace, ServedEndpoint
 from dynamo.runtime.connection import ConnectionPool
 from dynamo.runtime.discovery import Discovery, open_discovery
-from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.errors import CannotConnect, DynamoException
 from dynamo.runtime.health import Health
 from dynamo.runtime.instances import InstanceSet
 from dynamo.runtime.metrics import Metrics
@@ -26,6 +26,9 @@ from dynamo.runtime.server import RequestServer
 
 if TYPE_CHECKING:
     from dynamo.runtime.discovery.etcd.client import EtcdClient
+    from dynamo.runtime.nats.link import NatsLink
+    from dynamo.runtime.nats.settings import NatsSettings
+    from dynamo.runtime.nats.transport import Exchange
     from dynamo.runtime.system_server import SystemServer
 
 log = logging.getLogger(__name__)
@@ -42,13 +45,14 @@ class DistributedRuntime:
     Args:
         event_loop: the loop it will be used on; by default the running one.
         discovery_backend: auto, file, mem, etcd or kubernetes; else DYN_DISCOVERY_BACKEND.
-        request_plane: only `tcp`; else DYN_REQUEST_PLANE.
+        request_plane: how this process's endpoints are reached: `tcp`, or `nats`; else DYN_REQUEST_PLANE. Those of
+            others are reached as their records say.
         enable_nats: ignored, kept for scripts that pass it.
-        event_plane: only `zmq`; else DYN_EVENT_PLANE.
-        response_plane: only `tcp`: answers come back on the request's connection.
+        event_plane: `zmq`, or `nats`; else DYN_EVENT_PLANE.
+        response_plane: answers come back on the request's connection, so this can only be the request plane's name.
 
     Raises:
-        ValueError: a plane or backend that is unknown or not in this version.
+        ValueError: a plane or backend that is unknown or not in this version, or a wrong variable of NATS.
     """
 
     def __init__(
@@ -61,11 +65,15 @@ class DistributedRuntime:
         event_plane: str | None = None,
         response_plane: str | None = None,
     ) -> None:
-        _only("request plane", request_plane or os.environ.get("DYN_REQUEST_PLANE"), "tcp", "DYN_REQUEST_PLANE")
-        _only("event plane", event_plane or os.environ.get("DYN_EVENT_PLANE"), "zmq", "DYN_EVENT_PLANE")
-        _only("response plane", response_plane or os.environ.get("DYN_RESPONSE_PLANE"), "tcp", "DYN_RESPONSE_PLANE")
+        self.request_plane = _one_of("request plane", request_plane, ("tcp", "nats"), "DYN_REQUEST_PLANE")
+        self.event_plane = _one_of("event plane", event_plane, ("zmq", "nats"), "DYN_EVENT_PLANE")
+        response_plane = response_plane or os.environ.get("DYN_RESPONSE_PLANE")
+        _only("response plane", response_plane, self.request_plane, "DYN_RESPONSE_PLANE")
         _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")
         _no_tls(os.environ)
+        self._nats_settings: NatsSettings | None = None
+        if "nats" in (self.request_plane, self.event_plane):
+            self._nats_settings = _nats_settings()
         _shutdown_limits()  # a wrong value must not show only when the process is told to end
         self.discovery: Discovery = open_discovery(discovery_backend)
         self.instance_id = secrets.randbelow((1 << 63) - 1) + 1
@@ -73,8 +81,11 @@ class DistributedRuntime:
         self.metrics = Metrics(self.instance_id)
         self.health = Health()
         self.system_server: SystemServer | None = None
-        self.pool = ConnectionPool(self.process, self.metrics)
-        self.server = RequestServer(self.process, self.metrics)
+        self.pool = ConnectionPool(self.process, self.metrics, self.nats_exchange)
+        by_nats = self.nats_exchange if self.request_plane == "nats" else None
+        self.server = RequestServer(self.process, self.metrics, by_nats)
+        self._nats: NatsLink | None = None
+        self._exchange: Exchange | None = None
         self.served: list[ServedEndpoint] = []
         self.engine_routes: dict[str, EngineRoute] = {}
         self._instances: dict[EndpointAddress, InstanceSet] = {}
@@ -140,6 +151,28 @@ class DistributedRuntime:
         await self.server.start()
         return self.server
 
+    async def nats(self) -> "NatsLink":
+        """The connection to NATS, connected; one for all that needs it. Raises CannotConnect."""
+        if self._nats is None:
+            from dynamo.runtime.nats.link import NatsLink
+
+            try:
+                settings = self._nats_settings or _nats_settings()
+            except ValueError as e:  # only here where neither plane is NATS's, but a worker is reached by it
+                raise CannotConnect(str(e)) from None
+            self._nats = NatsLink(settings, self.process, self.metrics)
+        await self._nats.start()
+        return self._nats
+
+    async def nats_exchange(self) -> "Exchange":
+        """The connections of this process by way of NATS. Raises CannotConnect."""
+        link = await self.nats()
+        if self._exchange is None:
+            from dynamo.runtime.nats.transport import Exchange
+
+            self._exchange = Exchange(link)
+        return self._exchange
+
     async def instances_of(self, address: EndpointAddress) -> InstanceSet:
         """The live instances of an endpoint; one set for all clients. Raises DiscoveryError."""
         await self.started()
@@ -199,6 +232,8 @@ class DistributedRuntime:
         for instances in self._instances.values():
             await instances.close()
         self._instances.clear()
+        if self._nats is not None:
+            await self._nats.close()
         await self.discovery.close()
         if self._starting is not None:
             self._starting.cancel()
@@ -240,6 +275,20 @@ def _no_tls(environ: Mapping[str, str]) -> None:
     asked = sorted(name for name, value in environ.items() if name.startswith("DYN_TCP_TLS_") and value)
     if asked:
         raise ValueError(f"{asked[0]}: TLS on the request plane is not in this version; unset it, or use a tunnel")
+
+
+def _nats_settings() -> "NatsSettings":
+    from dynamo.runtime.nats.settings import NatsSettings
+
+    return NatsSettings.from_environ()
+
+
+def _one_of(what: str, given: str | None, known: tuple[str, ...], variable: str) -> str:
+    """The argument, else the variable, else the first. Raises ValueError for another one."""
+    name = (given or os.environ.get(variable) or known[0]).strip().lower()
+    if name not in known:
+        raise ValueError(f"{what} {name!r} is not one of {', '.join(known)} ({variable})")
+    return name
 
 
 def _only(what: str, given: str | None, supported: str, variable: str) -> None:

@@ -7,6 +7,7 @@ says, minus those that failed in the last few seconds (inhibited), minus those t
 import asyncio
 import logging
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,19 +15,22 @@ from typing import Protocol
 
 import msgspec
 
-from dynamo.runtime.address import EndpointAddress, split_host_port
+from dynamo.runtime.address import NATS, EndpointAddress, split_host_port
 from dynamo.runtime.discovery import Change, Delete, Discovery
 from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
 
 FIRST_LOOK_S = 10.0  # a store that shows a key and then does not tell of it is broken
+_INBOX = re.compile(r"dynamo\.inbox\.[0-9a-f]{1,64}")  # nobody is made to write to another subject of the server's
 DEFAULT_INHIBITED_S = 5.0  # DYN_RUNTIME_INHIBITED_DURATION_SECS; 0 turns inhibition off
+ALONE_S = 0.5  # where no instance is left, those that cannot be reached are tried so often: it may have been us
 
 
 @dataclass(frozen=True, slots=True)
 class TransportType:
-    """How an instance is reached: `kind` is `tcp`, `address` is `host:port/{iid:x}/{ns}/{comp}/{ep}`."""
+    """How an instance is reached: `kind` is `tcp`, `address` is `host:port/{iid:x}/{ns}/{comp}/{ep}`; or it is `nats`,
+    and the process's inbox stands where the host is."""
 
     kind: str
     address: str
@@ -61,14 +65,15 @@ def device_type() -> str:
 
 
 def instance_record(address: EndpointAddress, instance_id: int, host_port: str) -> bytes:
-    """The JSON of an instance record."""
+    """The JSON of an instance record. `host_port` is where the process listens, or `nats:` and its inbox."""
+    kind = "nats" if host_port.startswith(NATS) else "tcp"
     return msgspec.json.encode(
         Instance(
             component=address.component,
             endpoint=address.endpoint,
             namespace=address.namespace,
             instance_id=instance_id,
-            transport_by_kind={"tcp": f"{host_port}/{address.wire_path(instance_id)}"},
+            transport_by_kind={kind: f"{host_port.removeprefix(NATS)}/{address.wire_path(instance_id)}"},
             device_type=device_type(),
             request_plane_codec="msgpack",
         )
@@ -78,13 +83,18 @@ def instance_record(address: EndpointAddress, instance_id: int, host_port: str) 
 def parse_instance(key: str, value: bytes, inhibit: Callable[[int], None]) -> "Target":
     """Read a record. Raises ValueError for anything a request cannot be sent to."""
     instance = msgspec.json.decode(value, type=Instance)
-    tcp = instance.transport_by_kind.get("tcp")
-    if tcp is None:
-        raise ValueError(f"its transport is {list(instance.transport_by_kind)}, not tcp")
-    host_port, slash, path = tcp.partition("/")
-    split_host_port(host_port)
+    kind = next((kind for kind in ("tcp", "nats") if kind in instance.transport_by_kind), None)
+    if kind is None:
+        raise ValueError(f"its transport is {list(instance.transport_by_kind)}, not tcp or nats")
+    transport = instance.transport_by_kind[kind]
+    where, slash, path = transport.partition("/")
+    if kind == "tcp":
+        split_host_port(where)
+    elif not _INBOX.fullmatch(where):
+        raise ValueError(f"{where!r} is not a process's inbox")
     if not slash or int(key.rpartition("/")[2], 16) != instance.instance_id:
-        raise ValueError(f"its transport {tcp!r} or instance id {instance.instance_id:x} does not fit its key")
+        raise ValueError(f"its transport {transport!r} or instance id {instance.instance_id:x} does not fit its key")
+    host_port = where if kind == "tcp" else NATS + where
     return Target(instance, host_port, path, partial(inhibit, instance.instance_id))
 
 
@@ -94,6 +104,7 @@ class Target:
 
     instance: Instance
     host_port: str
+    """`host:port`, or `nats:` and an inbox."""
     path: str
     inhibit: Callable[[], None]
     """Leave it out of choices for a while: it failed."""
@@ -133,6 +144,7 @@ class InstanceSet:
     """Those among the inhibited whose connection broke: they are back when a connection can be made again."""
     _probed: set[int] = field(default_factory=set)
     """Those among the unreachable whose time is over and whose connection is being tried."""
+    _alone: asyncio.TimerHandle | None = None
     _listeners: list[Callable[[], None]] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _watching: asyncio.Task[None] | None = None
@@ -157,7 +169,7 @@ class InstanceSet:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.gather(self._watching, return_exceptions=True)
-        for timer in self._inhibited.values():
+        for timer in (*self._inhibited.values(), self._alone):
             if timer is not None:
                 timer.cancel()
 
@@ -223,6 +235,22 @@ class InstanceSet:
             self._lift(instance_id)
             self._tell()
 
+    def _seek_anybody(self) -> None:
+        """No instance may be chosen. A process that was stopped or cut off finds all its connections broken at once,
+        and its requests should not wait out everybody's time for that."""
+        if self._alone is None and self._unreachable - self._probed:
+            self._alone = asyncio.get_running_loop().call_later(ALONE_S, self._try_all)
+
+    def _try_all(self) -> None:
+        self._alone = None
+        if self.available:
+            return
+        for instance_id in sorted(self._unreachable - self._probed):
+            timer = self._inhibited.get(instance_id)
+            if timer is not None:
+                timer.cancel()
+                self._expire(instance_id)
+
     def _lift(self, instance_id: int) -> None:
         timer = self._inhibited.pop(instance_id, None)
         if timer is not None:
@@ -273,6 +301,8 @@ class InstanceSet:
 
     def _tell(self) -> None:
         self.available = [t for i, t in sorted(self.targets.items()) if i not in self._inhibited]
+        if not self.available:
+            self._seek_anybody()
         self._changed.set()
         for listener in tuple(self._listeners):
             try:

@@ -147,6 +147,11 @@ class Metrics:
         return TransportMetrics(self)
 
     @cached_property
+    def nats(self) -> "NatsMetrics":
+        """What the connection to NATS counts."""
+        return NatsMetrics(self)
+
+    @cached_property
     def admission(self) -> "AdmissionMetrics":
         """What a worker's admission limit counts."""
         return AdmissionMetrics(self)
@@ -387,6 +392,22 @@ class TransportMetrics(_Group):
     @cached_property
     def connections(self) -> Gauge:
         return self._gauge(names.transport.tcp.POOL_ACTIVE, "Open connections to workers")
+
+
+class NatsMetrics(_Group):
+    """The connection to NATS, if there is one: `dynamo_transport_nats_*`."""
+
+    prefix = names.name_prefix.TRANSPORT
+
+    @cached_property
+    def errors(self) -> Counter:
+        return self._counter(
+            names.transport.nats.ERRORS_TOTAL, "Connections that failed or broke, and messages refused or dropped"
+        )
+
+    @cached_property
+    def connected(self) -> Gauge:
+        return self._gauge(names.transport.nats.CONNECTED, "Whether there is a connection (1 or 0)")
 
 
 class AdmissionMetrics(_Group):

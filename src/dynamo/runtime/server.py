@@ -9,13 +9,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 
 from dynamo.runtime import wire
-from dynamo.runtime.address import join_host_port
+from dynamo.runtime.address import NATS, join_host_port
 from dynamo.runtime.context import SENT_HEADER, Context
 from dynamo.runtime.errors import (
     CannotConnect,
@@ -31,6 +31,9 @@ from dynamo.runtime.options import env_number
 from dynamo.runtime.routes import Route, RouteStats, ServerStream
 from dynamo.runtime.streams import PushHandler
 from dynamo.runtime.tracing import configure_tracing
+
+if TYPE_CHECKING:
+    from dynamo.runtime.nats.transport import Exchange
 
 log = logging.getLogger(__name__)
 
@@ -299,10 +302,14 @@ def _too_large(limit: int) -> WireError:
 
 
 class RequestServer:
-    """The listener of one process."""
+    """The listener of one process: on a port, or with `exchange` in its inbox on NATS."""
 
-    def __init__(self, process: str, metrics: Metrics) -> None:
+    def __init__(
+        self, process: str, metrics: Metrics, exchange: "Callable[[], Awaitable[Exchange]] | None" = None
+    ) -> None:
         self.process = process
+        self._make_exchange = exchange
+        self._exchange: Exchange | None = None
         self.metrics = metrics
         self.routes: dict[str, Route] = {}
         self.connections: set[ServerConnection] = set()
@@ -311,16 +318,25 @@ class RequestServer:
         self.records_spans = configure_tracing()
         self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
         self.host_port = ""
+        """Where callers reach this: `host:port`, or `nats:` and the inbox."""
         self._server: asyncio.Server | None = None
         self._starting = asyncio.Lock()  # several workers of one process may start at once
         self._timer: asyncio.TimerHandle | None = None
         self._left = asyncio.Event()
 
     async def start(self) -> None:
-        """Listen on DYN_TCP_RPC_HOST (127.0.0.1), DYN_TCP_RPC_PORT (0: any). Raises CannotConnect."""
+        """Listen on DYN_TCP_RPC_HOST (127.0.0.1), DYN_TCP_RPC_PORT (0: any), or on NATS. Raises CannotConnect."""
         async with self._starting:
-            if self._server is None:
+            if self.host_port:
+                return
+            if self._make_exchange is None:
                 await self._listen()
+            else:
+                self._exchange = await self._make_exchange()
+                self._exchange.listen(lambda: ServerConnection(self))
+                self.host_port = NATS + self._exchange.link.inbox
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(TICK_S, self._tick, loop)
 
     async def _listen(self) -> None:
         host = os.environ.get("DYN_TCP_RPC_HOST") or "127.0.0.1"
@@ -334,7 +350,6 @@ class RequestServer:
             ) from e
         bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
         self.host_port = join_host_port(advertised_host(bound_host), bound_port)
-        self._timer = loop.call_later(TICK_S, self._tick, loop)
 
     def add_route(self, path: str, handler: PushHandler, stats: RouteStats) -> Route:
         """Take requests for `path`. Raises DiscoveryError if it is taken."""
@@ -397,6 +412,8 @@ class RequestServer:
             self._timer.cancel()
         if self._server is not None:
             self._server.close()
+        if self._exchange is not None:
+            self._exchange.stop_listening()
         for connection in self.connections:
             connection.flush()
             connection.close()
