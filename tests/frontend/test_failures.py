@@ -5,8 +5,11 @@ import json
 
 import pytest
 
+from dynamo.llm.model_card import CARD_PREFIX
+from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import (
     ConnectionTimeout,
+    DiscoveryError,
     EngineShutdown,
     HttpError,
     InvalidArgument,
@@ -58,6 +61,7 @@ async def test_an_error_before_the_first_token_has_its_status(
     (await worker.take()).stream.fail(error)
     answer = await wire.read()
     assert answer.status == status
+    assert ("retry-after" in answer.headers) == (status in (503, 529))
     assert answer.json()["code"] == status
     text = (await fetch(service.port, "/metrics")).body.decode()
     assert f'error_type="{error_type}"' in text
@@ -272,6 +276,36 @@ async def test_requests_are_spread_over_workers(
     assert [answer.status for answer in answers] == [200] * 20
     assert all(worker.answered for worker in workers)
     assert sum(worker.answered for worker in workers) == 20
+
+
+async def test_a_frontend_that_does_not_know_the_models_yet_calls_none_unknown(
+    runtime: DistributedRuntime,
+    start_frontend: StartFrontend,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await start_worker()
+    asked, answers = asyncio.Event(), asyncio.Event()
+    look = runtime.discovery.get_prefix
+
+    async def look_late(prefix: str) -> dict[str, bytes]:
+        if prefix == CARD_PREFIX and not answers.is_set():
+            asked.set()
+            raise DiscoveryError("the store does not answer")
+        return await look(prefix)
+
+    monkeypatch.setattr(runtime.discovery, "get_prefix", look_late)
+    monkeypatch.setattr("dynamo.frontend.models.FIRST_LOOK_RETRY_S", 0.01)
+    service = await start_frontend()
+    await asked.wait()
+    refused = await ask(service.port, CHAT, chat())
+    assert (refused.status, refused.json()["error"]["code"]) == (503, "unavailable")
+    health = await fetch(service.port, "/health")
+    assert (health.status, health.json()["stage"]) == (503, "starting")
+    answers.set()
+    await model_ready(service, "tiny")
+    assert (await ask(service.port, CHAT, chat(model="another"))).status == 404
+    assert (await fetch(service.port, "/health")).status == 200
 
 
 async def test_a_draining_frontend_refuses_new_and_finishes_old(served: Served) -> None:

@@ -148,6 +148,6 @@ def error_answer(error: BaseException, overload_status: int = OVERLOADED) -> Err
     headers: list[tuple[str, str]] = []
     if isinstance(error, RequestRefused) and error.allow:
         headers.append(("Allow", error.allow))
-    if overloaded:
+    if overloaded or status in (429, 503):
         headers.append(("Retry-After", "1"))  # seconds; a worker frees a slot about once a second under load
     return ErrorAnswer(status, body, kind.error_type, kind.failure_class, kind.reason, tuple(headers))

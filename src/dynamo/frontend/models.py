@@ -22,10 +22,12 @@ from dynamo.router.queue_profile import effective
 from dynamo.router.split_settings import check_split
 from dynamo.runtime.discovery import Delete
 from dynamo.runtime.distributed import DistributedRuntime
-from dynamo.runtime.errors import InvalidArgument, WorkerUnavailable
+from dynamo.runtime.errors import DiscoveryError, DynamoException, InvalidArgument, WorkerUnavailable
 
 log = logging.getLogger(__name__)
 
+FIRST_LOOK_S = 5.0  # for a watch to tell what is there; it takes milliseconds
+FIRST_LOOK_RETRY_S = 1.0  # between two questions to a store that does not answer yet
 
 SERVED_KINDS = (ModelType.Chat, ModelType.Completions)
 
@@ -150,6 +152,8 @@ class ModelRegistry:
         self._split_at_start = effective(routing)
         check_split(self._split_at_start)
         self._leaving: set[asyncio.Task[None]] = set()
+        self.looked = False
+        """Whether all that was there when this frontend came is known. Before that, no model is unknown for sure."""
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Call `callback` whenever models or their readiness may have changed."""
@@ -158,6 +162,12 @@ class ModelRegistry:
     def get(self, name: str) -> Model | None:
         """The model of this name, ready or not."""
         return self._models.get(name)
+
+    def unknown(self, name: str) -> DynamoException:
+        """Why there is no such model: there is none, or nobody has told yet which there are."""
+        if self.looked:
+            return model_not_found(name)
+        return WorkerUnavailable("this frontend has just begun and does not know yet which models there are")
 
     def all(self) -> list[Model]:
         """Every model, ready or not."""
@@ -202,7 +212,12 @@ class ModelRegistry:
 
     async def follow(self) -> None:
         """Follow discovery for ever."""
-        async for change in self._runtime.discovery.watch(CARD_PREFIX):
+        changes = self._runtime.discovery.watch(CARD_PREFIX)
+        unseen = await self._first_look()
+        self.looked = not unseen
+        if unseen:  # bounded: a key may have gone between the look and the watch, of which nobody tells then
+            asyncio.get_running_loop().call_later(FIRST_LOOK_S, self._have_looked)
+        async for change in changes:
             try:
                 key = CardKey.parse(change.key)
                 if isinstance(change, Delete):
@@ -211,6 +226,21 @@ class ModelRegistry:
                     self._put(key, ModelDeploymentCard.from_json(change.value))
             except InvalidArgument as e:
                 log.warning("ignoring the model card %s: %s", change.key, e)
+            if not self.looked:
+                unseen.discard(change.key)
+                self.looked = not unseen
+
+    def _have_looked(self) -> None:
+        self.looked = True
+
+    async def _first_look(self) -> set[str]:
+        """The keys of all cards that are there now, once discovery can say."""
+        while True:
+            try:
+                return set(await self._runtime.discovery.get_prefix(CARD_PREFIX))
+            except DiscoveryError as e:
+                log.warning("which models there are is not known yet, trying on: %s", e)
+                await asyncio.sleep(FIRST_LOOK_RETRY_S)
 
     def close(self) -> None:
         """Stop all work on models."""

@@ -6,7 +6,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from dynamo.frontend.bodies import BusyThreshold, BusyThresholds, ConditionalDisagg, ConditionalDisaggs, Status
-from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import answer
@@ -41,7 +40,7 @@ class AdminRoutes:
         asked = _decoded(request, BusyThreshold)
         changes = {name: value for name in _NAMES if (value := getattr(asked, name)) is not None}
         if self._models.get(asked.model) is None:
-            raise model_not_found(asked.model)
+            raise self._models.unknown(asked.model)
         if changes:
             self._change(asked.model, changes)
         return answer(request, 200, msgspec.json.encode(self._of(asked.model)))
@@ -73,7 +72,7 @@ class AdminRoutes:
             return answer(request, 200, msgspec.json.encode(every))
         asked = _decoded(request, ConditionalDisagg)
         if self._models.get(asked.model) is None:
-            raise model_not_found(asked.model)
+            raise self._models.unknown(asked.model)
         if changes := asked.changes():
             self._change_split(asked.model, changes)
         return answer(request, 200, msgspec.json.encode(self._split_of(asked.model)))

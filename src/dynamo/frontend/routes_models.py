@@ -2,7 +2,6 @@
 
 import msgspec
 
-from dynamo.frontend.errors import model_not_found
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import answer
@@ -26,6 +25,7 @@ class ModelRoutes:
 
         Raises:
             RequestRefused: 404, no worker serves the model.
+            WorkerUnavailable: it is not known yet which models there are.
         """
         model = self._models.get(name)
         if model is not None and model.ready:
@@ -34,4 +34,4 @@ class ModelRoutes:
             known = self._models.get(name.removesuffix(_READY))
             if known is not None:
                 return answer(request, 200, msgspec.json.encode(known.readiness()))
-        raise model_not_found(name.removesuffix(_READY))
+        raise self._models.unknown(name.removesuffix(_READY))

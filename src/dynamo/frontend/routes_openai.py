@@ -15,7 +15,7 @@ from dynamo.frontend import headers
 from dynamo.frontend.answer import Answer, AnswerPlan
 from dynamo.frontend.args import Limits
 from dynamo.frontend.engine_stream import EngineStream
-from dynamo.frontend.errors import RequestRefused, error_answer, model_not_found
+from dynamo.frontend.errors import RequestRefused, error_answer
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import UNKNOWN_MODEL, FrontendMetrics, RequestMeter
 from dynamo.frontend.migration import Migration, MigrationRules, may_ever_move
@@ -113,7 +113,7 @@ class OpenAIRoutes:
         error_type = "cancelled"  # what it is if nothing below says otherwise: the task was cancelled
         try:
             if model is None:
-                raise model_not_found(body.model)
+                raise self._models.unknown(body.model)
             if workers is None:
                 workers = model.choose(ModelType.Chat if is_chat else ModelType.Completions)
             found = headers.relevant(request.headers, self._limits.metadata_header)

@@ -37,10 +37,12 @@ class SystemRoutes:
         return describe(self._path_of, self._limits.overload_status, admin_api=self._limits.admin_api)
 
     async def health(self, request: Request) -> Sent:
-        """GET /health: 200 also without workers, so that the frontend may start first; 503 once it is leaving."""
+        """GET /health: 200 also without workers, so that the frontend may start first; 503 before it knows
+        which models there are, and once it is leaving."""
         body: dict[str, Any] = {"status": "healthy"}
-        if self.draining:
-            body = {"status": "not_ready", "stage": "draining"}
+        able = self._models.looked and not self.draining
+        if not able:
+            body = {"status": "not_ready", "stage": "draining" if self.draining else "starting"}
         instances = {
             (instance.namespace, instance.component, instance.endpoint, instance.instance_id): instance
             for worker_set in self._models.sets()
@@ -48,7 +50,7 @@ class SystemRoutes:
         }
         body["endpoints"] = sorted({f"dyn://{ns}.{component}.{name}" for ns, component, name, _ in instances})
         body["instances"] = [instances[key] for key in sorted(instances)]
-        return answer(request, 503 if self.draining else 200, msgspec.json.encode(body))
+        return answer(request, 200 if able else 503, msgspec.json.encode(body))
 
     async def live(self, request: Request) -> Sent:
         """GET /live: 200 as long as the process answers."""
