@@ -334,6 +334,19 @@ async def test_a_server_that_comes_late_is_waited_for(tmp_path: Path) -> None:
             assert set(server.keys()) == {KEY}
 
 
+async def test_a_process_told_to_end_waits_no_longer_for_a_first_answer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("ETCD_ENDPOINTS", f"http://127.0.0.1:{free_ports(1)[0]}")
+    async with caller("etcd") as runtime:
+        serving = asyncio.create_task(runtime.endpoint("test.worker.generate").start_endpoint(lambda request: None))
+        await eventually(lambda: "trying again for 11" in caplog.text)  # of 120 seconds
+        runtime.shutdown()
+        async with asyncio.timeout(5):
+            with pytest.raises(DiscoveryError, match="told to end"):
+                await serving
+
+
 async def test_endpoints_that_do_not_answer_are_passed_over(etcd: EtcdServer) -> None:
     dead = [f"http://127.0.0.1:{port}" for port in free_ports(2)]
     async with member(*dead, etcd.url) as one:

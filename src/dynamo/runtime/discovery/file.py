@@ -91,6 +91,9 @@ class FileDiscovery:
         self._changed.set()
         return self._hub.add(prefix, [Put(key, entry.value) for key, entry in known.items()])
 
+    def hurry(self) -> None:
+        """See `Discovery.hurry`. Nothing here waits for long."""
+
     async def close(self) -> None:
         """See `Discovery.close`."""
         if self._closed:

@@ -78,6 +78,9 @@ class MemDiscovery:
                 _store.members.append(self)
             return self._hub.add(prefix, [Put(key, value) for key, (value, _) in _store.entries.items()])
 
+    def hurry(self) -> None:
+        """See `Discovery.hurry`. Nothing here waits for long."""
+
     async def close(self) -> None:
         """See `Discovery.close`."""
         with _store.lock:

@@ -54,5 +54,8 @@ class Discovery(Protocol):
         Outages of the store end no watch.
         """
 
+    def hurry(self) -> None:
+        """The process is about to end: wait no longer for a store that does not answer."""
+
     async def close(self) -> None:
         """Remove this process's keys and end its watches. Safe to call twice."""

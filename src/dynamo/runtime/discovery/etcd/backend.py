@@ -77,6 +77,10 @@ class EtcdDiscovery:
         known = self._buckets[name].known
         return self._hub.add(prefix, [Put(key, entry.value) for key, entry in known.items()])
 
+    def hurry(self) -> None:
+        """See `Discovery.hurry`."""
+        self.gateway.hurry()
+
     async def close(self) -> None:
         """See `Discovery.close`."""
         if self._closed:
