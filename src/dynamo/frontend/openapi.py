@@ -154,7 +154,10 @@ def document(paths: Mapping[str, str], overload_status: int = 529) -> dict[str, 
     text = {"text/plain": {"schema": {"type": "string"}}}
     overload = overload_status if overload_status in _ERRORS else 529
     health = _page("Health of the service", "system", _json("Health"))
-    health["get"]["responses"]["503"] = {"description": "The server is starting or shutting down", "content": _json("Health")}
+    health["get"]["responses"]["503"] = {
+        "description": "The server is starting or shutting down",
+        "content": _json("Health"),
+    }
     busy = _page("Get busy thresholds", "system", _json("BusyThresholds"))
     busy["post"] = {
         "summary": "Set busy thresholds",
