@@ -1,19 +1,16 @@
 """How do the events of many publishers reach one listener?
 
-One SUB socket, connected to every publisher of the topic in discovery. Its descriptor's callback takes all that is
-there, checks each publisher's sequence, and calls the listener or fills the iterator. An event after a silence is
-taken at once; while they come one after the other, it looks a few times in a hundredth of a second, not at each.
+A connection to every publisher of the topic in discovery (`dynamo.runtime.zmtp`). Their callbacks check each
+publisher's sequence, and call the listener or fill the iterator.
 """
 
 import asyncio
-import contextlib
 import logging
 import struct
 from collections import deque
 from typing import Final, Self
 
 import msgspec
-import zmq
 
 from dynamo import prometheus_names as names
 from dynamo.runtime.address import join_host_port, split_host_port
@@ -21,22 +18,23 @@ from dynamo.runtime.discovery import Delete, Discovery
 from dynamo.runtime.events import EVENT_CHANNELS, Event, EventScope, Irregularity, Listeners, SequenceCheck
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
-from dynamo.runtime.zmq_channel import FRAME_VERSION, HEAD, MAX_EVENT_BYTES, NOBLOCK, Channel, numeric_host, zmq_socket
+from dynamo.runtime.zmq_channel import (
+    FRAME_VERSION,
+    HEAD,
+    HEARTBEAT_MS,
+    HEARTBEAT_TIMEOUT_MS,
+    MAX_EVENT_BYTES,
+    Channel,
+    numeric_host,
+)
+from dynamo.runtime.zmtp import ZmtpSubscription
 
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
 
-RECONNECT_MS: Final = 100
-RECONNECT_MAX_MS: Final = 2000  # a dead publisher's record goes after 10 s; until then it costs a try each 2 s
-EVENTS_A_TURN: Final = 256  # then the loop's other callbacks get their turn
-# Until it looks again after something came. Waking up for each message costs more than the message, and breaks up what
-# the loop would send to a worker in one piece.
-REST_S: Final = 0.005
-UNREAD_EVENTS: Final = 1024  # held for an iterator that is behind; then the socket's own queue fills
+UNREAD_EVENTS: Final = 1024  # held for an iterator that is behind; then the publishers' own queues fill
 UNCONNECTED_WARNING_S: Final = 5.0  # a publisher in discovery whose address does not answer for this long
-
 FRAMES: Final = 4
-_MONITOR: Final = struct.Struct("=HI")  # what happened to a connection, and a detail (zmq_socket_monitor(3))
 
 
 class ZmqSubscriber:
@@ -52,32 +50,17 @@ class ZmqSubscriber:
         self._topic_frame = topic.encode()
         self._loop = asyncio.get_running_loop()
         self._addresses: dict[int, str] = {}
-        self._connected: set[str] = set()
+        self._links: dict[str, ZmtpSubscription] = {}
         self._checks: dict[int, SequenceCheck] = {}
         self._unread: deque[Event] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._change = asyncio.Event()
         self._paused = False
-        self._again: asyncio.Handle | None = None
-        """When it looks again, while it does not wait for the descriptor."""
-        self._waits = True
-        """Whether it waits for the descriptor."""
+        self._closed = False
         self._watching: asyncio.Task[None] | None = None
         self._decoder = msgspec.msgpack.Decoder(Event)
         self._count(metrics, scope)
-        self._socket = zmq_socket(zmq.SUB)
-        self._socket.set(zmq.LINGER, 0)
-        self._socket.set(zmq.IPV6, 1)
-        self._socket.set(zmq.MAXMSGSIZE, MAX_EVENT_BYTES + HEAD.size)
-        self._socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-        self._socket.subscribe(self._topic_frame)
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
-        self._fd = int(self._socket.fileno())
-        self._monitor_fd = int(self._monitor.fileno())
-        self._loop.add_reader(self._fd, self._on_readable)
-        self._loop.add_reader(self._monitor_fd, self._on_monitor)
-        self._on_monitor()  # a descriptor signals only after its socket was found empty
+        self._beating = self._loop.create_task(self._beat(), name=f"heartbeats of {topic}")
 
     def _count(self, metrics: Metrics, scope: EventScope) -> None:
         n = names.event_plane
@@ -114,7 +97,7 @@ class ZmqSubscriber:
     async def _follow(self) -> None:
         async for change in self._discovery.watch(self._prefix):
             if isinstance(change, Delete):
-                self._delete(change.key)
+                await self._delete(change.key)
             else:
                 await self._put(change.key, change.value)
 
@@ -137,40 +120,51 @@ class ZmqSubscriber:
             known = self._addresses.get(publisher_id)
             if known == address:
                 return
-            if address not in self._addresses.values():
-                self._socket.connect(address)
+            if address not in self._links:
+                self._connect(address)
                 self._loop.call_later(UNCONNECTED_WARNING_S, self._warn_if_unconnected, publisher_id, address)
-        except (msgspec.DecodeError, ValueError, zmq.ZMQError) as e:
+        except (msgspec.DecodeError, ValueError) as e:
             rarely.warning(key, "ignoring the event channel %s: %s", key, e)
             return
         self._addresses[publisher_id] = address
         if known is not None and known not in self._addresses.values():
-            self._disconnect(known)
-        self._on_readable()  # connecting may have taken the descriptor's one signal that there is something to read
+            await self._disconnect(known)
         if known is None and self._listeners.on_join is not None:
             self._listeners.on_join(publisher_id)
         self._change.set()
 
-    def _delete(self, key: str) -> None:
+    async def _delete(self, key: str) -> None:
         publisher_id = self._id_of(key)
         address = self._addresses.pop(publisher_id, None) if publisher_id is not None else None
         if publisher_id is None or address is None:
             return
         self._checks.pop(publisher_id, None)
         if address not in self._addresses.values():
-            self._disconnect(address)
+            await self._disconnect(address)
         if self._listeners.on_leave is not None:
             self._listeners.on_leave(publisher_id)
         self._change.set()
 
-    def _disconnect(self, address: str) -> None:
-        self._connected.discard(address)
-        with contextlib.suppress(zmq.ZMQError):  # ENOENT: ZeroMQ has already given the connection up
-            self._socket.disconnect(address)
-        self._on_readable()
+    def _connect(self, address: str) -> None:
+        host, port = split_host_port(address.removeprefix("tcp://"))
+        link = self._links[address] = ZmtpSubscription(
+            host, port, self._topic_frame, MAX_EVENT_BYTES + HEAD.size, self._on_message, self._change.set
+        )
+        link.pause(self._paused)
+        link.open()
+
+    async def _disconnect(self, address: str) -> None:
+        await self._links.pop(address).close()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_MS / 1000)
+            for link in self._links.values():
+                link.beat(HEARTBEAT_TIMEOUT_MS / 1000)
 
     def _warn_if_unconnected(self, publisher_id: int, address: str) -> None:
-        if self._addresses.get(publisher_id) == address and address not in self._connected and not self._socket.closed:
+        link = self._links.get(address)
+        if self._addresses.get(publisher_id) == address and link is not None and not link.connected:
             log.warning(
                 "the publisher %x of %r cannot be reached at %s: its events are missing here. If it runs on another "
                 "machine, set DYN_EVENT_PLANE_HOST there to an address of its own",
@@ -179,24 +173,10 @@ class ZmqSubscriber:
                 address,
             )
 
-    def _on_monitor(self) -> None:
-        while True:
-            try:
-                kind_and_value, endpoint = self._monitor.recv_multipart(NOBLOCK)
-            except zmq.Again:
-                break
-            kind, _ = _MONITOR.unpack(kind_and_value)
-            address = endpoint.decode()
-            if kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._connected.add(address)
-            else:
-                self._connected.discard(address)
-        self._change.set()
-
     @property
     def publishers(self) -> dict[int, bool]:
         """See `EventSubscriber.publishers`."""
-        return {publisher: address in self._connected for publisher, address in self._addresses.items()}
+        return {publisher: self._links[address].connected for publisher, address in self._addresses.items()}
 
     async def wait_connected(self, count: int = 1, timeout_s: float = 10.0) -> None:
         """See `EventSubscriber.wait_connected`."""
@@ -207,56 +187,10 @@ class ZmqSubscriber:
 
     # --- events come
 
-    def _on_readable(self) -> None:
-        """Take what is there. The descriptor signals once, so this goes on until there is nothing more."""
-        if self._again is not None:
-            self._again.cancel()
-            self._again = None
-        if self._paused or self._socket.closed:
-            return
-        for taken in range(EVENTS_A_TURN):
-            frames = self._receive()
-            if not frames:
-                self._rest(taken > 0)
-                break
-            event = self._event(frames)
-            if event is not None:
-                self._deliver(event)
-                if self._paused:
-                    break
-        else:
-            self._again = self._loop.call_soon(self._on_readable)
-        self._wake()
-
-    def _rest(self, busy: bool) -> None:
-        """Look again in a while if something has come, else once the descriptor says so."""
-        if busy:
-            self._again = self._loop.call_later(REST_S, self._on_readable)
-        if busy is self._waits:
-            self._waits = not busy
-            if busy:
-                self._loop.remove_reader(self._fd)
-            else:
-                self._loop.add_reader(self._fd, self._on_readable)
-
-    def _receive(self) -> list[bytes]:
-        """One message if it has four frames; another number if it has not; [] if there is none.
-
-        Asking after each frame whether there is a next would cost more than all the rest (1 µs each), so a message
-        of fewer frames takes some of the one after it along. Then that is dropped too, and shows as a gap.
-        """
-        receive = self._socket.recv
-        frames: list[bytes] = []
-        try:
-            frames.append(receive(NOBLOCK))
-            frames.append(receive(NOBLOCK))
-            frames.append(receive(NOBLOCK))
-            frames.append(receive(NOBLOCK))
-        except zmq.Again:
-            return frames
-        while self._socket.get(zmq.RCVMORE):
-            frames.append(receive(NOBLOCK))
-        return frames
+    def _on_message(self, frames: list[bytes]) -> None:
+        event = self._event(frames)
+        if event is not None:
+            self._deliver(event)
 
     def _event(self, frames: list[bytes]) -> Event | None:
         """Check and decode one message; None if it is not for us."""
@@ -293,13 +227,20 @@ class ZmqSubscriber:
         if self._listeners.on_event is not None:
             try:
                 self._listeners.on_event(event)
-            except Exception:  # the descriptor does not signal again for what is still unread, so go on
+            except Exception:  # what else came with the same read is to be heard all the same
                 log.exception(
                     "the listener of %r failed on event %d of %x", self.topic, event.sequence, event.publisher_id
                 )
             return
         self._unread.append(event)
-        self._paused = len(self._unread) >= UNREAD_EVENTS
+        self._wake()
+        if not self._paused and len(self._unread) >= UNREAD_EVENTS:
+            self._pause(True)
+
+    def _pause(self, paused: bool) -> None:
+        self._paused = paused
+        for link in self._links.values():
+            link.pause(paused)
 
     def _report(self, irregularity: Irregularity) -> bool:
         """Count and tell; whether to deliver the event."""
@@ -319,39 +260,35 @@ class ZmqSubscriber:
 
     async def __anext__(self) -> Event:
         while not self._unread:
-            if self._socket.closed:
+            if self._closed:
                 raise StopAsyncIteration
             self._waiter = self._loop.create_future()
             await self._waiter  # no deadline: it lasts as long as its owner wants to hear; `close` ends it
         event = self._unread.popleft()
         if self._paused and len(self._unread) < UNREAD_EVENTS // 2:
-            self._paused = False
-            self._again = self._loop.call_soon(self._on_readable)
+            self._pause(False)
         return event
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done() and (self._unread or self._socket.closed):
+        if self._waiter is not None and not self._waiter.done() and (self._unread or self._closed):
             self._waiter.set_result(None)
 
     async def close(self) -> None:
         """See `EventSubscriber.close`."""
-        if self._socket.closed:
+        if self._closed:
             return
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.gather(self._watching, return_exceptions=True)
-        self._loop.remove_reader(self._fd)
-        self._loop.remove_reader(self._monitor_fd)
-        if self._again is not None:
-            self._again.cancel()
-        self._socket.disable_monitor()
-        self._socket.close(0)
+        self._closed = True
+        tasks = [task for task in (self._watching, self._beating) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for address in list(self._links):
+            await self._disconnect(address)
         self._addresses.clear()
-        self._connected.clear()
         self._wake()
 
 
 async def _numeric(endpoint: str) -> str:
-    """The address with its host's name resolved: ZeroMQ reports connections by number, and would block to resolve."""
+    """The address with its host's name resolved, so that one of two names is one connection."""
     host, port = split_host_port(endpoint.removeprefix("tcp://"))
     return f"tcp://{join_host_port(await numeric_host(host), port)}"
