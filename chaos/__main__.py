@@ -15,14 +15,16 @@ import sys
 import time
 from pathlib import Path
 
-from chaos.faults import FAULTS, ROLLING, Fault, Scene
-from chaos.fleet import MODEL, Fleet, Settings
+from chaos.backends import BACKENDS
+from chaos.faults import FAULTS, ROLLING, SERVER_FAULTS, Fault, Scene
+from chaos.fleet import MODEL, Fleet, Kind, Settings
 from chaos.load import Load
 from chaos.network import Network, remove_leftovers, why_not
 from chaos.questions import Questioner
 from chaos.report import Report, Window
 from dynamo.cli.demo_model import make_demo_model
 
+FRONTENDS, WORKERS = 2, 4
 QUESTIONS = 400
 DISK_BYTES = 256 << 10  # of the disk that hosts share: enough for all that stands there
 FIRST_S = 2.0  # of load before the first fault
@@ -33,7 +35,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("chaos", description="Break a deployment under load, and hold it to its promises.")
     parser.add_argument("--seconds", type=float, default=60, help="how long to go on breaking things")
     parser.add_argument("--seed", type=int, default=1, help="of all that is left to chance")
-    parser.add_argument("--backend", choices=["file"], default="file", help="how processes find each other")
+    parser.add_argument(
+        "--backend", choices=list(BACKENDS), default="file", help="how processes find and reach each other"
+    )
     parser.add_argument("--router-mode", default="kv", help="of both frontends")
     parser.add_argument("--clients", type=int, default=12, help="that ask at once")
     parser.add_argument("--faults", default="", help="only those with one of these words in their names, by comma")
@@ -43,12 +47,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(words: str, draw: random.Random) -> list[tuple[str, Fault]]:
+def plan(words: str, draw: random.Random, kinds: set[Kind]) -> list[tuple[str, Fault]]:
     """All faults that are wanted, in an order of the seed's. Raises SystemExit where there is none."""
     wanted = [word.strip() for word in words.split(",") if word.strip()]
-    faults = [(name, fault) for name, fault in FAULTS.items() if not wanted or any(word in name for word in wanted)]
+    there = FAULTS | {name: fault for kind in sorted(kinds) for name, fault in SERVER_FAULTS.get(kind, {}).items()}
+    faults = [(name, fault) for name, fault in there.items() if not wanted or any(word in name for word in wanted)]
     if not faults:
-        raise SystemExit(f"no fault has any of {wanted} in its name; there are: {', '.join(FAULTS)}")
+        raise SystemExit(f"no fault has any of {wanted} in its name; there are: {', '.join(there)}")
     draw.shuffle(faults)
     return faults
 
@@ -67,7 +72,7 @@ async def break_things(scene: Scene, args: argparse.Namespace, began: float) -> 
         print(f"{started:6.1f} s  {name} ({scene.target})", flush=True)
         await asyncio.sleep(BETWEEN_S)
 
-    faults = plan(args.faults, scene.random)
+    faults = plan(args.faults, scene.random, {member.kind for member in scene.fleet.backends})
     await asyncio.sleep(FIRST_S)
     while len(windows) < len(faults) if args.once else time.monotonic() - began < args.seconds:
         name, fault = faults[len(windows) % len(faults)]
@@ -82,8 +87,12 @@ async def run(args: argparse.Namespace, network: Network, settings: Settings) ->
     draw = random.Random(args.seed)
     questioner = Questioner(settings.model, MODEL, args.seed)
     questions = [await questioner.make() for _ in range(QUESTIONS)]
-    fleet = Fleet(network, settings, [])
+    backend = BACKENDS[args.backend]
+    fleet = Fleet(network, settings, backend.members(network, settings.directory))
     try:
+        for member in fleet.backends:
+            member.start()
+        await backend.wait_ready(network)
         await fleet.start()
         load = Load({member.name: fleet.url(member) for member in fleet.frontends}, questions, args.clients)
         began = time.monotonic()
@@ -92,16 +101,16 @@ async def run(args: argparse.Namespace, network: Network, settings: Settings) ->
         await load.stop()
         seconds = time.monotonic() - began
         await fleet.leave()
-        return Report(args.seed, args.backend, seconds, windows, load.answers, began, left_behind(fleet))
+        left = left_behind(fleet, await backend.keys(network, settings.shared))
+        return Report(args.seed, args.backend, seconds, windows, load.answers, began, left)
     finally:
         fleet.kill()
 
 
-def left_behind(fleet: Fleet) -> list[str]:
-    """What should be gone now that all have left in order."""
-    said = [f"{m.name} ended with status {m.exits[-1]}" for m in fleet.members if m.exits and m.exits[-1] != 0]
-    keys = [path.name for path in (fleet.settings.shared / "discovery").rglob("*") if path.is_file()]
-    keys = [name for name in keys if not name.startswith(".")]
+def left_behind(fleet: Fleet, keys: list[str]) -> list[str]:
+    """What should be gone now that all have left in order: all processes, and the keys that are still in discovery."""
+    ended = [*fleet.frontends, *fleet.workers]
+    said = [f"{each.name} ended with status {status}" for each in ended for status in each.exits if status != 0]
     return said + ([f"{len(keys)} keys stayed in discovery: {keys[:3]}"] if keys else [])
 
 
@@ -121,9 +130,11 @@ def main() -> int:
     shared.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(shared)], check=True)
     model = make_demo_model(out / "model", weights=False)
-    settings = Settings(model, out / "logs", shared, router_mode=args.router_mode)
-    names = [f"f{i}" for i in range(settings.frontends)] + [f"w{i}" for i in range(settings.workers)]
+    backend = BACKENDS[args.backend]
+    names = [f"f{i}" for i in range(FRONTENDS)] + [f"w{i}" for i in range(WORKERS)] + list(backend.hosts)
     network = Network(names, args.seed)
+    environ = backend.environ(network)
+    settings = Settings(model, out / "logs", shared, FRONTENDS, WORKERS, args.router_mode, environ=environ)
     try:
         network.enter()
         report = asyncio.run(run(args, network, settings))

@@ -62,6 +62,21 @@ def killed(kind: Kind) -> Fault:
     return fault
 
 
+def all_killed(kind: Kind, seconds: float) -> Fault:
+    """SIGKILL to all of a kind, and new processes later."""
+
+    async def fault(scene: Scene) -> None:
+        members = [member for member in scene.fleet.members if member.kind == kind]
+        scene.target = f"{len(members)} of {kind}"
+        for member in members:
+            member.kill()
+        await asyncio.sleep(seconds)
+        for member in members:
+            member.start()
+
+    return fault
+
+
 def hung(kind: Kind, seconds: float) -> Fault:
     """SIGSTOP, and SIGCONT later."""
 
@@ -224,6 +239,23 @@ FAULTS: dict[str, Fault] = {
     "slow readers": slow_readers,
     "clock one hour ahead": clock_jump(JUMP_S),
     "clock one hour behind": clock_jump(-JUMP_S),
+}
+
+
+def servers_of(kind: Kind) -> dict[str, Fault]:
+    """What befalls the servers that a backend needs."""
+    return {
+        f"{kind} killed": killed(kind),
+        f"{kind} hung for 10 s": hung(kind, 10.0),
+        f"{kind} left": left(kind),
+        f"{kind} cut off for 10 s": cut(kind, 10.0),
+        f"{kind} is not heard for 10 s": cut(kind, 10.0, into=False),
+    }
+
+
+SERVER_FAULTS: dict[Kind, dict[str, Fault]] = {
+    "etcd": {**servers_of("etcd"), "all of etcd gone for 10 s": all_killed("etcd", 10.0)},
+    "nats": servers_of("nats"),
 }
 
 ROLLING: dict[str, Fault] = {

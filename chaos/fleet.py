@@ -91,12 +91,12 @@ class Settings:
     """For logs, clocks and what is shared."""
     shared: Path
     """What stands for a disk that all hosts share."""
-    frontends: int = 2
-    workers: int = 4
-    router_mode: str = "kv"
+    frontends: int
+    workers: int
+    router_mode: str
+    environ: dict[str, str]
+    """By which all find each other."""
     speedup: float = 5.0
-    discovery: dict[str, str] = field(default_factory=lambda: {"DYN_DISCOVERY_BACKEND": "file"})
-    """Environment by which all find each other."""
 
 
 class Fleet:
@@ -129,7 +129,7 @@ class Fleet:
             "DYN_FILE_KV": str(settings.shared / "discovery"),
             "DYN_TCP_RPC_HOST": address,
             "DYN_EVENT_PLANE_HOST": address,
-            **settings.discovery,
+            **settings.environ,
             **env,
         }
         argv = [sys.executable, "-m", "chaos.clock", str(self.clock(name)), module, *words]
@@ -151,7 +151,7 @@ class Fleet:
         return self._member(name, "worker", "dynamo.mocker", words, env)
 
     async def start(self) -> None:
-        """Start everything, and wait until each frontend has all workers."""
+        """Start all but the backends, and wait until each frontend has all workers."""
         for member in [*self.workers, *self.frontends]:
             member.start()
         await self.until_whole()
@@ -185,7 +185,7 @@ class Fleet:
 
     async def leave(self) -> None:
         """End everything in order: those who ask before those who are asked."""
-        for group in (self.frontends, self.workers):
+        for group in (self.frontends, self.workers):  # the backends stay: what is left in them is looked at
             await asyncio.gather(*(member.leave() for member in group if member.runs))
 
     def kill(self) -> None:
