@@ -190,7 +190,9 @@ class Claim:
         try:
             self._client = await self._claims.client(handle)
         except (DynamoException, ValueError, TimeoutError) as e:
-            self._answer(Refusal("unreachable", f"prefill worker {handle.instance_id:x}: {e or 'it is not there'}"))
+            self._answer(
+                Refusal("unreachable", f"prefill worker {handle.instance_id:x}: {str(e) or 'it is not there'}")
+            )
             return
         if self._then is None:
             verb: Literal["claim", "release"] = "release"  # cancelled meanwhile

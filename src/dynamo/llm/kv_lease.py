@@ -23,6 +23,14 @@ MIN_PERIOD_S = 0.01  # for a lease that no worker gives
 Find = Callable[[], Awaitable[Client]]
 
 
+class _Reply(msgspec.Struct):
+    """What of a prefill worker's answer matters here."""
+
+    ok: bool = False
+    reason: str = "it gave no answer"
+    remaining_s: float = 0.0
+
+
 class Keeping:
     """Renews one lease until it is stopped, or refused.
 
@@ -73,17 +81,20 @@ class Keeping:
             except (DynamoException, TimeoutError, ValueError) as e:
                 log.info("KV of prefill worker %x could not be asked for again: %r", self._instance_id, e)
             else:
-                if not reply.get("ok"):
-                    log.info("prefill worker %x keeps KV no longer: %s", self._instance_id, reply.get("reason"))
+                if not reply.ok:
+                    log.info("prefill worker %x keeps KV no longer: %s", self._instance_id, reply.reason)
                     return
                 if self._renewed is not None:
-                    self._renewed(asked_at + float(reply.get("remaining_s", 0.0)))
+                    self._renewed(asked_at + reply.remaining_s)
             await asyncio.sleep(asked_at + self._period_s - time.monotonic())
 
-    async def _ask(self) -> dict[str, Any]:
+    async def _ask(self) -> _Reply:
         client = await self._find()
-        answers = await client.direct(self._renewal, self._instance_id, annotated=False)
-        return dict([answer async for answer in answers][-1])
+        replies = await client.direct(self._renewal, self._instance_id, annotated=False)
+        reply = _Reply()
+        async for answer in replies:
+            reply = msgspec.convert(answer, _Reply)
+        return reply
 
 
 class _Kept(msgspec.Struct):

@@ -16,6 +16,7 @@ vLLM's own pull connector (`NixlConnector`), changed in seven places; loaded int
 - A read that takes a moment is waited for, where vLLM would look again a step later.
 """
 
+import logging
 import os
 import socket
 import threading
@@ -30,6 +31,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.nixl import (
     NixlPullConnectorScheduler,
     NixlPullConnectorWorker,
     base_worker,
+    connector,
 )
 from vllm.logger import init_logger
 
@@ -53,6 +55,9 @@ def _without_progress_thread(**settings: Any) -> Any:
 
 
 base_worker.nixl_agent_config = _without_progress_thread
+
+# vLLM wants workers to be one or the other. Ours change, and nobody need be warned of that at each start.
+logging.getLogger(connector.__name__).addFilter(lambda record: "kv_role='kv_both'" not in record.getMessage())
 
 
 class _Scheduler(NixlPullConnectorScheduler):  # type: ignore[misc]
