@@ -4,7 +4,7 @@ A watch that ends is taken up where it ended. If etcd no longer has the changes 
 store it was (restored, or begun anew), the bucket is listed again and the difference told.
 
 A key that goes without its owner saying so (`LEFT`) is kept for a moment: leases also end by mistake, for all owners at
-once (an old leader that was stopped, in etcd before 3.5.13), and an owner that lives puts its keys again.
+once (an old leader that was stopped: etcd-io/etcd#15247), and an owner that lives puts its keys again.
 """
 
 import asyncio

@@ -339,7 +339,7 @@ class EtcdGateway:
                 said = os.strerror(number)
         else:
             said = str(error) or type(error).__name__
-        if isinstance(error, aiohttp.ClientSSLError | aiohttp.ServerDisconnectedError):
+        if isinstance(error, aiohttp.ServerDisconnectedError) or _is_hopeless(error):
             said += self._hint(endpoint)
         return said
 
