@@ -207,6 +207,7 @@ class DistributedRuntime:
             return
         if not self._shutdown.is_set():
             self._shutdown.set()
+            self.discovery.hurry()
             self._ending = asyncio.get_running_loop().create_task(self._leave(), name="runtime shutdown")
 
     def is_shutting_down(self) -> bool:
