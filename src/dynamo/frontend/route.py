@@ -31,7 +31,7 @@ def wanted_of(
 def name_rank(router: ModelRouter, request: PreprocessedRequest, decision: Decision) -> int:
     """Write the chosen rank into the request, unless the worker has but one; gives it back."""
     worker_id, rank = decision.worker
-    if rank or len(router.ranks_of(worker_id)) > 1:
+    if router.many_ranks and (rank or len(router.ranks_of(worker_id)) > 1):
         request.routing = request.routing or Routing()
         request.routing.dp_rank = rank
     return rank

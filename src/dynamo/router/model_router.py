@@ -25,7 +25,7 @@ from dynamo.router.prompt_hashes import PromptHashes
 from dynamo.router.queue import TIMEOUT_S, OnDecision, OnError, RouterQueue
 from dynamo.router.queue_profile import configure, load_profile
 from dynamo.router.replica_sync import ReplicaSync
-from dynamo.router.route_request import route_request
+from dynamo.router.route_request import route_request, says_nothing
 from dynamo.router.router_metrics import RouterMetrics, base_labels
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.stats import TIMED_EVERY, RouterStats
@@ -113,6 +113,8 @@ class ModelRouter:
         self._fleet: FleetFeed | None = None
         self._load_feed: LoadFeed | None = None
         self._workers: dict[int, list[WorkerKey]] = {}
+        self.many_ranks = False
+        """Whether any worker has more than a rank 0."""
         self._tickets: dict[str, Ticket] = {}
         self._loop = asyncio.get_running_loop()
         self.turn = Turn()
@@ -226,6 +228,7 @@ class ModelRouter:
                 self.guess.set_capacity(worker, limits.total_blocks)
             if joined and self.sync is not None:
                 self.sync.book.worker_joined(worker, now)
+        self.many_ranks = any(worker.dp_rank for worker in wanted)
         unavailable = self._fleet.unavailable()
         self.scheduler.suspended = {worker for worker in wanted if worker.worker_id in unavailable}
         self._workers = {}
@@ -286,6 +289,10 @@ class ModelRouter:
 
         Raises InvalidArgument as `route_request`.
         """
+        timed = hashes is None and self._stats.is_timed()
+        if hashes is None and not timed and not self._eagle and not metadata and says_nothing(request):
+            tokens = request.token_ids  # of such are most
+            return RouteRequest(request_id, len(tokens), self._hashes.of(tokens))
         return route_request(
             request_id,
             request,
@@ -293,7 +300,7 @@ class ModelRouter:
             self._workers,
             metadata=metadata,
             is_eagle=self._eagle,
-            stats=self._stats,
+            stats=self._stats if timed else None,
             hashes_of=self._hashes,
             hashes=hashes,
         )
@@ -338,14 +345,20 @@ class ModelRouter:
                 return ticket
         begin = perf_counter() if timed else 0.0
         explain = explain or log.isEnabledFor(logging.DEBUG)
+        waiting = decision = None
         try:
-            waiting = self.queue.route(request, now, ticket._decided, ticket._failed, explain)
-        except InvalidArgument as e:  # a token that is none, far into the prompt
+            if self.queue.never_waits:
+                decision = self.queue.place(request, now, explain)
+            else:
+                waiting = self.queue.route(request, now, ticket._decided, ticket._failed, explain)
+        except (InvalidArgument, WorkerUnavailable) as e:  # a token that is none, far into the prompt; nobody is there
             ticket._failed(e)
             return ticket
         if timed:
             self._note_times(request, now, perf_counter() - start, perf_counter() - begin)
-        if waiting is not None:
+        if decision is not None:
+            ticket._decided(decision)
+        elif waiting is not None:
             ticket._waiting = waiting
             self._arm()
         return ticket

@@ -176,6 +176,8 @@ class RouterQueue:
         """Requests that wait."""
         self._ring = list(self.classes.values())
         self._only = self._ring[0] if len(self._ring) == 1 and not profile.queues else None
+        self.never_waits = self._only is not None
+        """Whether every request is placed, or refused, at once."""
         self._turn = 0
         self._began: float | None = None
         self._numbers = itertools.count()
@@ -215,22 +217,36 @@ class RouterQueue:
         Returns what `cancel` takes if the request waits.
         """
         try:
-            decision = self.scheduler.select(request, now, explain=explain)
+            if self._only is not None:
+                decision = self.place(request, now, explain)
+            else:
+                decision = self.scheduler.select(request, now, explain=explain)
         except WorkerUnavailable as e:
-            queue = self._only or self.classes[self.profile.classify(request.policy_class, request.token_count).name]
-            queue.received += 1
-            queue.rejected["no_worker"] += 1
+            if self._only is None:
+                queue = self.classes[self.profile.classify(request.policy_class, request.token_count).name]
+                queue.received += 1
+                queue.rejected["no_worker"] += 1
             on_error(e)
             return None
         if self._only is None:
             waiting = self._wait(request, decision, now, on_decision, on_error, explain)
             if waiting is not None:
                 return waiting if waiting.lane is not None else None
-        else:
-            self._only.received += 1
-        self.scheduler.book(request, decision, now)
+            self.scheduler.book(request, decision, now)
         on_decision(decision)
         return None
+
+    def place(self, request: RouteRequest, now: float, explain: bool = False) -> Decision:
+        """As `route` where a request `never_waits`: choose and book at once. Raises WorkerUnavailable."""
+        assert self._only is not None
+        self._only.received += 1
+        try:
+            decision = self.scheduler.select(request, now, explain=explain)
+        except WorkerUnavailable:
+            self._only.rejected["no_worker"] += 1
+            raise
+        self.scheduler.book(request, decision, now)
+        return decision
 
     def _wait(
         self,

@@ -61,25 +61,25 @@ def route_request(
     """Read a preprocessed request. `workers` are the ranks of each worker, for pins to a worker.
 
     With `hashes_of` what was hashed before is looked up there; `hashes` are the prompt's own, where they are known.
+    With `stats` all is hashed anew, and noted there how long it takes.
 
     Raises:
         InvalidArgument: an override that cannot be meant, or a rank without a worker where ranks are not alike.
     """
     routing, tokens = request.routing or _EMPTY, request.token_ids
     if hashes is None:
-        timed = stats is not None and stats.is_timed()
-        if hashes_of is not None and not (timed or is_eagle):
+        if hashes_of is not None and stats is None and not is_eagle:
             hashes = hashes_of.of(tokens, routing.lora_name, routing.cache_salt)
         else:
             hashes = hash_prompt(
                 tokens,
                 block_size,
-                stats if timed else None,
+                stats,
                 lora_name=routing.lora_name,
                 is_eagle=is_eagle,
                 cache_namespace=routing.cache_salt,
             )
-    if request.routing is None and request.agent_context is None and not (metadata or request.router_config_override):
+    if says_nothing(request) and not metadata:
         return RouteRequest(request_id, len(tokens), hashes)
     return RouteRequest(
         request_id=request_id,
@@ -96,6 +96,11 @@ def route_request(
         preferred_taints=routing.preferred_taints or {},
         override=RouterOverride.parse(request.router_config_override) if request.router_config_override else None,
     )
+
+
+def says_nothing(request: PreprocessedRequest) -> bool:
+    """Whether a request says no word of its own to the router."""
+    return request.routing is None and request.agent_context is None and not request.router_config_override
 
 
 def check_override(override: RouterOverride | None, policy: str) -> None:

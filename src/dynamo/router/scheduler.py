@@ -70,6 +70,7 @@ class KvScheduler:
         self._tracks_blocks = config.router_track_active_blocks
         self._reuses = config.router_assume_kv_reuse and config.router_track_active_blocks
         self._tracks_prefill = config.router_track_prefill_tokens
+        self._usual_temperature = config.router_temperature
         self._learns = self.policy.learns
         self._rng = rng or random.Random()
         self._sent: dict[str, _Sent] = {}
@@ -113,7 +114,8 @@ class KvScheduler:
         costs = self.policy.costs(view)
         if request.preferred_taints:
             costs = self._prefer(costs, request.preferred_taints)
-        position, reason = self._choose(costs, eligible, self._temperature(request))
+        temperature = self._usual_temperature if request.override is None else self._temperature(request)
+        position, reason = self._choose(costs, eligible, temperature)
         overlap, new_tokens, hit_rate, best = NO_OVERLAP, request.token_count, 0.0, 0
         if view.held:
             overlap = view.overlap(position)
@@ -218,7 +220,7 @@ class KvScheduler:
         override = request.override
         if override is not None and override.router_temperature is not None:
             return override.router_temperature
-        return self.config.router_temperature
+        return self._usual_temperature
 
     def shares(self, request: RouteRequest) -> bool:
         """Whether the request's blocks count once with those of others that have them too [K31]."""

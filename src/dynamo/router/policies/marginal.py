@@ -49,15 +49,15 @@ class MarginalCost(PredictedLatency):
         backlog.refresh(fleet, self.tokens_a_second, HELD * size)
         passed = view.now * backlog.rate
         context = fleet.context_blocks
-        fair, crowd = FAIR * sum(context) / len(context), CROWD * size
+        fair = FAIR * sum(context) / len(context)
         new_tokens: Iterable[float] = repeat(NEW * view.request.token_count)
         if view.held:
             new_tokens = view.new_token_column(NEW)
-        columns = zip(backlog.behind, backlog.ahead, new_tokens, context, strict=False)  # nothing held has no end
-        costs = [
-            (behind if behind > (left := ahead - passed) else left) + new + (crowd * (c - fair) if c > fair else 0.0)
-            for behind, ahead, new, c in columns
-        ]
+        columns = zip(backlog.behind, backlog.ahead, new_tokens, strict=False)  # nothing held has no end
+        costs = [(behind if behind > (left := ahead - passed) else left) + new for behind, ahead, new in columns]
+        if max(context) > fair:
+            crowd = CROWD * size
+            costs = [cost + crowd * (c - fair) if c > fair else cost for cost, c in zip(costs, context, strict=True)]
         if max(fleet.decode_blocks) + view.blocks > self._least_room:
             self._add_overflow(view, costs)
         if self._paces is not None or fleet.version != self._version:

@@ -34,6 +34,8 @@ class PredictedLatency:
     def __init__(self, config: KvRouterConfig) -> None:
         del config  # nothing to tune
         self.first_token = Line(FIRST_TOKEN_PRIOR, MAX_TOKEN_S)
+        self.tokens_a_second = self._rate()
+        """How fast the fleet computes prompts."""
         self.between_tokens = Line(BETWEEN_TOKENS_PRIOR, MAX_REQUEST_S)
         self.backlog = Backlog()
         self.ignored = 0
@@ -62,9 +64,7 @@ class PredictedLatency:
         paces = self.paces(fleet)
         return costs if paces is None else [cost * pace for cost, pace in zip(costs, paces, strict=True)]
 
-    @property
-    def tokens_a_second(self) -> float:
-        """How fast the fleet computes prompts."""
+    def _rate(self) -> float:
         return 1 / max(self.first_token.slope, MIN_TOKEN_S)
 
     def paces(self, fleet: Fleet) -> list[float] | None:
@@ -108,6 +108,7 @@ class PredictedLatency:
         tokens = result.queued_tokens + result.new_tokens
         expected = self.first_token.at(tokens)
         if self.first_token.see(tokens, result.ttft_s):
+            self.tokens_a_second = self._rate()
             self._note(self._prefill_pace, result.worker, result.ttft_s, expected)
         else:
             self.ignored += 1
