@@ -10,7 +10,7 @@ from dynamo.engine.serving import ServeOptions, serve_engine
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, Removed, Stored, StoredBlock
 from dynamo.llm.model_card import ModelDeploymentCard
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import EngineShutdown, InvalidArgument, Unknown, WorkerOverloaded
+from dynamo.runtime.errors import DeadlineExceeded, EngineShutdown, InvalidArgument, Unknown, WorkerOverloaded
 from dynamo.runtime.events import create_subscriber
 from tests.engine.scripted import DEADLINE_S, ScriptedEngine, collect, eventually, request, serving
 
@@ -153,6 +153,24 @@ async def test_a_queued_request_whose_caller_leaves_never_reaches_the_engine(run
         await collect(first)
         assert list(engine.submitted) == ["first"]
         assert engine.aborted == []
+
+
+async def test_what_is_past_its_deadline_leaves_the_queue_and_the_engine(runtime, engine, model_dir):
+    async with serving(runtime, engine, model_dir, engine_request_limit=1) as (worker, client):
+        contexts = [Context("inside"), Context("queued")]
+        for context, seconds in zip(contexts, (0.4, 0.1), strict=True):
+            context.set_timeout(seconds)
+        inside, queued = [await client.generate(request(), annotated=False, context=context) for context in contexts]
+        for stream in (queued, inside):
+            with pytest.raises(DeadlineExceeded):
+                await collect(stream)
+        await engine.until(lambda: engine.aborted == ["inside"])
+        assert list(engine.submitted) == ["inside"]
+        assert (worker.dispatcher.num_requests, worker.dispatcher.num_queued) == (0, 0)
+        after = await client.generate(request(), annotated=False, context=Context("after"))
+        await engine.submissions(2)
+        engine.step(("after", 1), finish=True)
+        assert len(await collect(after)) == 1
 
 
 async def test_a_dead_engine_fails_what_is_in_flight_leaves_discovery_and_ends_with_status_1(

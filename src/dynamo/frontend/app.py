@@ -16,7 +16,7 @@ from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes
 from dynamo.frontend.routes_system import SystemRoutes
 from dynamo.frontend.server import answer
-from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.errors import DynamoException, WorkerOverloaded
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +118,11 @@ class App:
                 raise self._wrong_method(request, "POST")
             if self._system.draining:
                 raise RequestRefused(503, "the server is shutting down", code="server_shutting_down")
+            if 0 < self._limits.max_requests < self._in_flight:
+                raise WorkerOverloaded(
+                    f"this server answers {self._limits.max_requests} requests, as many as it takes at once "
+                    "(DYN_HTTP_REQUEST_LIMIT)"
+                )
             return handler
         handler = self._settings.get(path)
         if handler is not None:

@@ -45,6 +45,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     listen_backlog: int = 4096
     # The patience of the official clients: after it nobody would be waiting for the next token.
     stream_timeout_s: float = 600.0
+    request_timeout_s: float = 0.0
+    """For the whole of any request; 0: as long as its client says, or waits."""
+    max_requests: int = 0
+    """Answered at once; 0: no bound."""
     sse_keep_alive_ms: float = 0.0
     error_peek_ms: float | None = None
     graceful_shutdown_s: float = 5.0
@@ -63,6 +67,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             body_limit_bytes=int(env_number("DYN_HTTP_BODY_LIMIT_MB", 192) * (1 << 20)),
             listen_backlog=int(env_number("DYN_HTTP_LISTEN_BACKLOG", 4096)),
             stream_timeout_s=env_number("DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", 600),
+            request_timeout_s=env_number("DYN_HTTP_REQUEST_TIMEOUT_SECS", 0),
+            max_requests=int(env_number("DYN_HTTP_REQUEST_LIMIT", 0)),
             sse_keep_alive_ms=env_number("DYN_HTTP_SSE_KEEP_ALIVE_INTERVAL_MS", 0),
             error_peek_ms=peek if peek >= 0 else None,
             graceful_shutdown_s=env_number("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", 5),
@@ -76,6 +82,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
             ("DYN_HTTP_BODY_LIMIT_MB", limits.body_limit_bytes, 1),
             ("DYN_HTTP_LISTEN_BACKLOG", limits.listen_backlog, 1),
             ("DYN_HTTP_BACKEND_STREAM_TIMEOUT_SECS", limits.stream_timeout_s, 0.001),
+            ("DYN_HTTP_REQUEST_TIMEOUT_SECS", limits.request_timeout_s, 0),
+            ("DYN_HTTP_REQUEST_LIMIT", limits.max_requests, 0),
             ("DYN_HTTP_SSE_KEEP_ALIVE_INTERVAL_MS", limits.sse_keep_alive_ms, 0),
             ("DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", limits.graceful_shutdown_s, 0),
         ):

@@ -16,6 +16,7 @@ from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
     ConnectionTimeout,
+    DeadlineExceeded,
     Disconnected,
     DynamoException,
     EngineShutdown,
@@ -103,6 +104,7 @@ _STATUS_BY_TYPE: Mapping[type[DynamoException], int] = {
     EngineShutdown: 503,
     StreamIncomplete: 503,
     ConnectionTimeout: 504,
+    DeadlineExceeded: 504,
     Cancelled: CLIENT_CLOSED_REQUEST,
 }
 

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from dynamo.llm.protocols.engine import PreprocessedRequest, Routing
-from dynamo.runtime.context import Context, new_request_id
+from dynamo.runtime.context import TIMEOUT_HEADER, Context, new_request_id
 from dynamo.runtime.errors import InvalidArgument
 
 MAX_U64 = 2**64 - 1
 MAX_U32 = 2**32 - 1
 MAX_I32 = 2**31 - 1
+MAX_TIMEOUT_MS = 7 * 24 * 3600 * 1000  # a week: more is a mistake, and timers do not take what is without bounds
 MAX_METADATA_BYTES = 16384  # names and values together; they travel with the request to every hop
 
 METADATA_PREFIX = "x-dynamo-meta-"
@@ -63,15 +64,22 @@ def request_id(found: Mapping[str, str]) -> str:
     return given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
-def make_context(found: Mapping[str, str], metadata_header: str | None = None) -> Context:
-    """The context of a request: its id, its trace and its metadata.
+def make_context(found: Mapping[str, str], metadata_header: str | None = None, timeout_s: float = 0.0) -> Context:
+    """The context of a request: its id, its time, its trace and its metadata.
 
     `metadata_header` names one more header whose value becomes the metadata of the same name [DYN_METADATA_HEADER].
+    `timeout_s` is the longest that any request may take; 0: no bound.
 
     Raises:
-        InvalidArgument: there is more metadata than may travel.
+        InvalidArgument: there is more metadata than may travel, or the timeout is no number.
     """
     context = Context(request_id(found))
+    asked = found.get(TIMEOUT_HEADER)
+    if asked is not None:
+        asked_s = _whole(TIMEOUT_HEADER, asked, 1, MAX_TIMEOUT_MS) / 1000
+        timeout_s = min(asked_s, timeout_s or asked_s)
+    if timeout_s:
+        context.set_timeout(timeout_s)
     if not found:
         return context
     cut = len(METADATA_PREFIX)

@@ -83,7 +83,7 @@ class PassThrough:
         error_type = "cancelled"  # what it is if nothing below says otherwise: the task was cancelled
         try:
             found = headers.relevant(request.headers, self._limits.metadata_header)
-            context = headers.make_context(found, self._limits.metadata_header)
+            context = headers.make_context(found, self._limits.metadata_header, self._limits.request_timeout_s)
             connection = request.connection
             connection.request_id = context.id()
             # What a router has to know: where it wants to go, and as much as can be told of its prompt.
@@ -105,7 +105,7 @@ class PassThrough:
 
     async def _run(self, passing: "Passing", connection: HttpConnection) -> Sent:
         connection.listener = passing
-        self._watchdog.add(passing)
+        self._watchdog.add(passing, passing.context)
         self._metrics.dispatched.value += 1
         try:
             if connection.transport is None:  # the client left already
@@ -152,6 +152,11 @@ class Passing:
         self.closed = False
         self.error_type = ""
         self.active_at = perf_counter()
+
+    @property
+    def context(self) -> Context:
+        """The request's."""
+        return self._parts.context
 
     # --- to the worker
 

@@ -117,7 +117,7 @@ class OpenAIRoutes:
             if workers is None:
                 workers = model.choose(ModelType.Chat if is_chat else ModelType.Completions)
             found = headers.relevant(request.headers, self._limits.metadata_header)
-            context = headers.make_context(found, self._limits.metadata_header)
+            context = headers.make_context(found, self._limits.metadata_header, self._limits.request_timeout_s)
             request.connection.request_id = context.id()
             if self._records_spans:
                 span = context.record_span("http-request")
@@ -230,7 +230,7 @@ class OpenAIRoutes:
             answer.meter.prompt(len(one.request.token_ids))
         answer.unfinished = len(prepared)
         connection.listener = answer
-        self._watchdog.add(answer)
+        self._watchdog.add(answer, context)
         self._metrics.dispatched.value += 1
         try:
             if connection.transport is None:  # the client left while its prompt was being tokenized

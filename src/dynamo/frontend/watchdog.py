@@ -1,13 +1,15 @@
-"""Which answers have been silent for too long?
+"""Which answers have been silent for too long, and which have no time left?
 
-One coarse timer a process looks at all answers, so that none of them needs a timer of its own.
+One coarse timer a process looks at all answers, so that none of them needs a timer of its own; but for those whose
+clients said how long they wait.
 """
 
 import asyncio
 from time import perf_counter
 from typing import Protocol
 
-from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.context import Context
+from dynamo.runtime.errors import DeadlineExceeded, DynamoException
 
 
 class Watched(Protocol):
@@ -27,16 +29,23 @@ class Watchdog:
         self._interval_s = interval_s
         self._watched: set[Watched] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._deadlines: dict[Watched, asyncio.TimerHandle] = {}
 
-    def add(self, watched: Watched) -> None:
-        """Begin to look after this one."""
+    def add(self, watched: Watched, context: Context) -> None:
+        """Begin to look after this one, and end it at its deadline, if it has one."""
         self._watched.add(watched)
+        left_s = context.time_left()
+        if left_s is not None:
+            over = DeadlineExceeded("the request's time is over (x-dynamo-request-timeout-ms, or the server's limit)")
+            self._deadlines[watched] = asyncio.get_running_loop().call_later(left_s, watched.fail, over)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._tick)
 
     def remove(self, watched: Watched) -> None:
         """It ended."""
         self._watched.discard(watched)
+        if self._deadlines and (deadline := self._deadlines.pop(watched, None)) is not None:
+            deadline.cancel()
 
     def close(self) -> None:
         """Stop."""

@@ -20,6 +20,7 @@ from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
     ConnectionTimeout,
+    DeadlineExceeded,
     DynamoException,
     WorkerUnavailable,
 )
@@ -228,6 +229,10 @@ class _Buffer:
         self._unread_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        left_s = context.time_left()
+        if left_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._time_is_over)
         context.watch(self._on_cancel)
 
     def on_item(self, item: msgspec.Raw) -> None:
@@ -277,9 +282,17 @@ class _Buffer:
             self._finish(Cancelled("the request was killed"))
             self.flush()
 
+    def _time_is_over(self) -> None:
+        """Nobody waits for the rest; the worker has its own clock, but may be silent."""
+        if self.call is not None:
+            self.call.cancel("kill")
+        self.on_error(DeadlineExceeded("the request's time is over"))
+
     def _finish(self, error: DynamoException | None) -> None:
         if not self.finished:
             self.finished = True
+            if self._timer is not None:
+                self._timer.cancel()
             self.error = error
             self.go.set()
             self.context.unwatch(self._on_cancel)

@@ -16,6 +16,7 @@ from dynamo.runtime.context import CancelLevel, Context
 from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
+    DeadlineExceeded,
     Disconnected,
     DynamoException,
     EngineShutdown,
@@ -101,9 +102,12 @@ class Connection(asyncio.Protocol):
     def call(
         self, target: Target, request: object, sink: StreamSink, context: Context, headers: dict[str, str] | None = None
     ) -> Call:
-        """Send a request. Raises InvalidArgument, WorkerOverloaded or Cancelled without having sent anything."""
+        """Send a request. Raises InvalidArgument, WorkerOverloaded, DeadlineExceeded or Cancelled without having sent
+        anything."""
         if context.is_stopped():
             raise Cancelled("the request was cancelled before it was sent")
+        if context.deadline is not None and context.deadline <= time.monotonic():
+            raise DeadlineExceeded("the request's time was over before it was sent")
         if self._unsent_bytes() > MAX_UNSENT_BYTES:
             raise WorkerOverloaded(f"worker {target.instance} at {self.host_port} is not reading what is sent to it")
         call = Call(self, self._next_id, target, sink, context)

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 
 CancelLevel = Literal["stop", "kill"]
 
+TIMEOUT_HEADER = "x-dynamo-request-timeout-ms"
+"""What is left of a request's time: a span, as the clocks of two hosts need not agree."""
 SENT_HEADER = "x-frontend-send-ts-ns"  # when the caller sent the request, in ns since 1970 by its clock
 _METADATA_PREFIX = "x-dynamo-meta-"
 
@@ -46,6 +48,7 @@ class Context:
         "_stopped",
         "_watchers",
         "_x_request_id",
+        "deadline",
         "first_token_ns",
         "metadata",
     )
@@ -54,6 +57,9 @@ class Context:
         self._id = id or new_request_id()
         self.metadata: dict[str, str] = dict(metadata) if metadata else {}
         self.first_token_ns: int | None = None
+        self.deadline: float | None = None
+        """When the whole request must be over, by `time.monotonic`; None: whenever it is. Whoever serves it ends it
+        then; `set_timeout` sets it."""
         self._stopped = False
         self._killed = False
         self._watchers: list[Callable[[CancelLevel], None]] = []
@@ -70,6 +76,16 @@ class Context:
     def id(self) -> str:
         """The request id, the same at every hop."""
         return self._id
+
+    # --- time
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let the whole request be over in so many seconds from now. It travels with the request to every hop."""
+        self.deadline = time.monotonic() + seconds
+
+    def time_left(self) -> float | None:
+        """Seconds until the deadline, below 0 after it; None without one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
 
     # --- cancellation
 
@@ -137,6 +153,7 @@ class Context:
         other = Context(id, self.metadata)
         other._parent = self.place
         other._x_request_id = self._x_request_id
+        other.deadline = self.deadline
         return other
 
     # --- first token
@@ -215,6 +232,8 @@ class Context:
         headers = self.trace_headers()
         headers["request-id"] = self._id
         headers[SENT_HEADER] = str(time.time_ns())
+        if self.deadline is not None:
+            headers[TIMEOUT_HEADER] = str(max(0, int((self.deadline - time.monotonic()) * 1000)))
         for name, value in self.metadata.items():
             headers[_METADATA_PREFIX + name] = value
         return headers
@@ -226,4 +245,7 @@ class Context:
         metadata = {name[cut:]: value for name, value in headers.items() if name.startswith(_METADATA_PREFIX)}
         context = cls(headers.get("request-id"), metadata)
         context.set_trace(headers)
+        left_ms = headers.get(TIMEOUT_HEADER)
+        if left_ms is not None and left_ms.isdecimal():
+            context.set_timeout(int(left_ms) / 1000)
         return context

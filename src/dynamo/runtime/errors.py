@@ -6,6 +6,7 @@ DynamoException
 ├── CannotConnect               no connection to the worker could be made; nothing was sent
 ├── Disconnected                the connection broke while the request was in flight
 ├── ConnectionTimeout           connecting, or an answer, took longer than its deadline
+├── DeadlineExceeded            the time that the caller gave the whole request is over
 ├── Cancelled                   the caller gave up
 ├── EngineShutdown              the worker is leaving or its engine died
 ├── StreamIncomplete            the stream ended without its end mark
@@ -73,6 +74,10 @@ class ConnectionTimeout(DynamoException):
     """Connecting, or waiting for an answer, took longer than its deadline."""
 
     migratable = True
+
+
+class DeadlineExceeded(DynamoException):
+    """The time that the caller gave the whole request is over. Elsewhere it would be, too."""
 
 
 class Cancelled(DynamoException):
@@ -175,6 +180,7 @@ _BY_NAME: dict[str, type[DynamoException]] = {
         CannotConnect,
         Disconnected,
         ConnectionTimeout,
+        DeadlineExceeded,
         Cancelled,
         EngineShutdown,
         StreamIncomplete,

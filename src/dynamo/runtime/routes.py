@@ -13,7 +13,7 @@ import msgspec
 
 from dynamo.runtime import wire
 from dynamo.runtime.context import CancelLevel, Context
-from dynamo.runtime.errors import Cancelled, EngineShutdown, to_wire
+from dynamo.runtime.errors import Cancelled, DeadlineExceeded, EngineShutdown, to_wire
 from dynamo.runtime.streams import PushHandler
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Route:
 class ServerStream:
     """One request in flight, from the worker's side: the `ResponseStream` that handlers get."""
 
-    __slots__ = ("_connection", "_flow", "_started", "answered", "context", "id", "on_data", "open", "route")
+    __slots__ = ("_connection", "_flow", "_started", "answered", "context", "id", "on_data", "open", "route", "timer")
 
     def __init__(self, connection: "ServerConnection", id: int, route: Route, context: Context) -> None:  # noqa: A002
         self._connection = connection
@@ -86,6 +86,15 @@ class ServerStream:
         self._flow: asyncio.Future[None] | None = None
         self._started = time.perf_counter()
         self.answered = False
+        self.timer: asyncio.TimerHandle | None = None
+        left_s = context.time_left()
+        if left_s is not None:
+            self.timer = connection.loop.call_later(left_s, self._time_is_over)
+
+    def _time_is_over(self) -> None:
+        """Nobody waits for the rest, wherever in the worker it is."""
+        self.fail(DeadlineExceeded("the request's time is over"))
+        self.context.kill()
 
     @property
     def closed(self) -> bool:
@@ -143,6 +152,8 @@ class ServerStream:
         """Nothing is sent any more."""
         if self.open:
             self.open = False
+            if self.timer is not None:
+                self.timer.cancel()
             self._connection.streams.pop(self.id, None)
             self.route.remove(self)
             self.route.stats.finished(time.perf_counter() - self._started, error)

@@ -19,6 +19,7 @@ from dynamo.runtime.address import NATS, join_host_port
 from dynamo.runtime.context import SENT_HEADER, Context
 from dynamo.runtime.errors import (
     CannotConnect,
+    DeadlineExceeded,
     DiscoveryError,
     EngineShutdown,
     InvalidArgument,
@@ -149,6 +150,10 @@ class ServerConnection(asyncio.Protocol):
         if sent_ns.isdigit():
             self.stats.network_transit.observe(max(0.0, (time.time_ns() - int(sent_ns)) / 1e9))
         context = Context.from_headers(request.headers)
+        left_s = context.time_left()
+        if left_s is not None and left_s <= 0:
+            self._refuse(request, DeadlineExceeded("the request's time was over before it came"))
+            return
         if self.records_spans:
             context.record_span(f"handle {route.path}")
         stream = ServerStream(self, request.stream, route, context)
