@@ -171,7 +171,7 @@ class Bucket:
         if key not in self._absent:
             doubt_s = self._gateway.settings.doubt_s
             self._absent[key] = time.monotonic() + doubt_s
-            asyncio.get_running_loop().call_later(doubt_s, self.settle)
+            asyncio.get_running_loop().call_later(doubt_s + 0.02, self.settle)  # timers may be a little early
 
     def _let_go(self, key: str) -> None:
         self._absent.pop(key, None)
