@@ -119,7 +119,10 @@ class Bucket:
             self._put(key, entry)
         for key, entry in tuple(self.known.items()):
             if key not in found and entry.revision <= answer.header.revision:  # else a look was ahead of this list
-                self._doubt(key)
+                if self.listed:
+                    self._doubt(key)
+                else:
+                    self._let_go(key)  # shown by a look a moment ago, and gone before the first list
         self._revision = answer.header.revision
         self.listed = True
 
