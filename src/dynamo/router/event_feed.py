@@ -25,13 +25,12 @@ from dynamo.router.recovery import KV_EVENTS_TOPIC, Retold, SourceRecord, source
 from dynamo.router.tier_index import Outcome, TierIndex
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.connection import ConnectionPool
-from dynamo.runtime.discovery import Delete, Discovery
+from dynamo.runtime.discovery import Delete
 from dynamo.runtime.errors import DynamoException
-from dynamo.runtime.events import Event, EventSubscriber, Listeners, ScopeLike, create_subscriber, scope_of
+from dynamo.runtime.events import Event, EventSubscriber, HasEvents, Listeners, ScopeLike, create_subscriber, scope_of
 from dynamo.runtime.instances import Target
 from dynamo.runtime.instruments import LabelPairs
 from dynamo.runtime.logs import Rarely
-from dynamo.runtime.metrics import Metrics
 
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
@@ -49,14 +48,8 @@ ASKED_AT_ONCE = 16  # workers; a thousand that join together are known after a f
 SWEPT_A_TICK = 20_000  # blocks of workers that left, taken out of memory: 5 ms
 
 
-class HasPlanes(Protocol):
+class HasPlanes(HasEvents, Protocol):
     """What the feed needs of a runtime."""
-
-    @property
-    def discovery(self) -> Discovery: ...
-
-    @property
-    def metrics(self) -> Metrics: ...
 
     @property
     def pool(self) -> ConnectionPool: ...

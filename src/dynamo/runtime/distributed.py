@@ -18,6 +18,7 @@ from dynamo.runtime.component import Endpoint, Namespace, ServedEndpoint
 from dynamo.runtime.connection import ConnectionPool
 from dynamo.runtime.discovery import Discovery, open_discovery
 from dynamo.runtime.errors import CannotConnect, DynamoException
+from dynamo.runtime.events import choose_event_plane
 from dynamo.runtime.health import Health
 from dynamo.runtime.instances import InstanceSet
 from dynamo.runtime.metrics import Metrics
@@ -66,7 +67,7 @@ class DistributedRuntime:
         response_plane: str | None = None,
     ) -> None:
         self.request_plane = _one_of("request plane", request_plane, ("tcp", "nats"), "DYN_REQUEST_PLANE")
-        self.event_plane = _one_of("event plane", event_plane, ("zmq", "nats"), "DYN_EVENT_PLANE")
+        self.event_plane = choose_event_plane(event_plane)
         response_plane = response_plane or os.environ.get("DYN_RESPONSE_PLANE")
         _only("response plane", response_plane, self.request_plane, "DYN_RESPONSE_PLANE")
         _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")

@@ -1,11 +1,12 @@
 """Who hears what a worker has to say to nobody in particular?
 
 An event has a topic (`kv-events`, `kv_metrics`) and a scope (an endpoint, a component or a namespace). A publisher
-binds a socket of its own and puts its address into discovery; a subscriber finds all publishers of its topic and
-scope there and follows them as they come and go. Events are not kept: who comes late, or reads too slowly, misses
-some, and is told so from the sequence numbers, which count up by one for each publisher from 0.
+puts itself into discovery, with ZeroMQ the address of a socket of its own; a subscriber finds all publishers of its
+topic and scope there and follows them as they come and go. Who comes late, or reads too slowly, misses some events,
+and is told so from the sequence numbers, which count up by one for each publisher from 0.
 
-The plane is `zmq` (`dynamo.runtime.zmq_channel`), by `DYN_EVENT_PLANE` or `DistributedRuntime(event_plane=)`.
+The plane is `zmq` (`dynamo.runtime.zmq_channel`) or `nats` (`dynamo.runtime.nats.channel`: through a server, which
+keeps the events of some topics for who was away), by `DistributedRuntime(event_plane=)` or `DYN_EVENT_PLANE`.
 """
 
 import os
@@ -23,6 +24,7 @@ from dynamo.runtime.options import env_bool
 if TYPE_CHECKING:
     from dynamo.runtime.discovery import Discovery
     from dynamo.runtime.metrics import Metrics
+    from dynamo.runtime.nats.link import NatsLink
 
 EVENT_CHANNELS: Final = "v1/event_channels"
 PLANES: Final = ("zmq", "nats")
@@ -221,6 +223,11 @@ class HasEvents(Protocol):
     @property
     def metrics(self) -> "Metrics": ...
 
+    @property
+    def event_plane(self) -> str: ...
+
+    async def nats(self) -> "NatsLink": ...
+
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
@@ -246,10 +253,20 @@ async def create_publisher(
 
     Raises:
         ValueError: a wrong scope, topic, id or variable, or an event plane that is not in this version.
-        CannotConnect: the socket cannot be bound.
+        CannotConnect: the socket cannot be bound, or NATS cannot be reached.
         DiscoveryError: discovery cannot be written.
     """
-    _check_plane(runtime)
+    if choose_event_plane(runtime.event_plane) == "nats":
+        from dynamo.runtime.nats.publisher import NatsPublisher
+
+        return await NatsPublisher.create(
+            await runtime.nats(),
+            runtime.discovery,
+            runtime.metrics,
+            scope_of(scope),
+            check_topic(topic),
+            publisher_id,
+        )
     from dynamo.runtime.zmq_publisher import ZmqPublisher
 
     return await ZmqPublisher.create(
@@ -264,7 +281,12 @@ async def create_subscriber(
 
     A component's scope includes its endpoints', a namespace's its components'. Raises as `create_publisher`.
     """
-    _check_plane(runtime)
+    if choose_event_plane(runtime.event_plane) == "nats":
+        from dynamo.runtime.nats.subscriber import NatsSubscriber
+
+        return await NatsSubscriber.create(
+            await runtime.nats(), runtime.discovery, runtime.metrics, scope_of(scope), check_topic(topic), listeners
+        )
     from dynamo.runtime.zmq_subscriber import ZmqSubscriber
 
     return await ZmqSubscriber.create(
@@ -273,19 +295,13 @@ async def create_subscriber(
 
 
 def choose_event_plane(name: str | None = None) -> str:
-    """`zmq`: the argument, else `DYN_EVENT_PLANE`, else that. Raises ValueError for what is not in this version."""
+    """The argument, else `DYN_EVENT_PLANE`, else `zmq`. Raises ValueError for what is not in this version."""
     plane = (name or os.environ.get("DYN_EVENT_PLANE") or "zmq").strip().lower()
     if plane not in PLANES:
         raise ValueError(f"event plane {plane!r} is not one of {', '.join(PLANES)} (DYN_EVENT_PLANE)")
-    if plane == "nats":
-        raise ValueError("event plane 'nats' comes in a later version: use zmq, by event_plane= or DYN_EVENT_PLANE")
     if os.environ.get("DYN_ZMQ_BROKER_URL") or env_bool("DYN_ZMQ_BROKER_ENABLED", False):
         raise ValueError(
             "DYN_ZMQ_BROKER_ENABLED, DYN_ZMQ_BROKER_URL: a ZMQ broker is not supported. Unset them: publishers are "
             "found through discovery, and DYN_EVENT_PLANE_HOST says where they listen"
         )
     return plane
-
-
-def _check_plane(runtime: HasEvents) -> None:
-    choose_event_plane(getattr(runtime, "event_plane", None))

@@ -66,7 +66,7 @@ _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}  # by process id: a co
 
 def zmq_socket(kind: int) -> zmq.Socket[bytes]:
     """A new socket with what both ends set: queue length and heartbeats. Raises ValueError naming a variable."""
-    hwm = _whole("DYN_EVENT_PLANE_HWM", DEFAULT_HWM, 10_000_000)
+    hwm = queue_length()
     pid = os.getpid()
     if pid not in _contexts:
         # One thread moves some hundred MB a second; more only help many publishers of one process.
@@ -76,6 +76,11 @@ def zmq_socket(kind: int) -> zmq.Socket[bytes]:
     made.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     made.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     return made
+
+
+def queue_length() -> int:
+    """Events that wait for one subscriber, or for a way to leave. Raises ValueError naming the variable."""
+    return _whole("DYN_EVENT_PLANE_HWM", DEFAULT_HWM, 10_000_000)
 
 
 async def numeric_host(host: str) -> str:

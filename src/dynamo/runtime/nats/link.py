@@ -36,6 +36,7 @@ SILENCE_S: Final = 4  # a server that does not answer a ping for so long is give
 MAX_UNSENT_BYTES: Final = 64 << 20  # a server that leaves more unread is not reading
 CLOSE_S: Final = 1.0  # for the last words
 INBOX: Final = "dynamo.inbox."  # what comes for one process; a random token follows
+REPLIES: Final = "dynamo.reply"  # below it, what the server answers
 
 # What a server says that a second try does not change.
 _HOPELESS: Final = ("authorization violation", "authentication", "nkey", "jwt", "certificate verify failed")
@@ -215,7 +216,7 @@ class NatsLink:
                     connect_timeout=int(CONNECT_S),
                     reconnect_time_wait=0,
                     max_reconnect_attempts=1,  # of two in all: with 0 it would try for ever
-                    inbox_prefix="dynamo.reply",
+                    inbox_prefix=REPLIES,
                     error_cb=self._on_error,
                     closed_cb=closed,
                     **self._settings.ways_in(),
@@ -371,6 +372,10 @@ class NatsLink:
         return self._client.jetstream(timeout=SILENCE_S)
 
     # --- listening
+
+    def new_inbox(self) -> str:
+        """A subject that nobody has used."""
+        return f"{REPLIES}.{secrets.token_hex(12)}"
 
     async def subscribe(self, subject: str, handler: Handler) -> Interest:
         """Hear a subject, from the time this returns; also after the connection was made anew."""

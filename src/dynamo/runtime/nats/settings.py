@@ -127,7 +127,7 @@ def without_secrets(server: str) -> str:
 def _servers(text: str) -> tuple[str, ...]:
     """`nats://a:4222,b:4222` as URLs."""
     found = []
-    for word in filter(None, (word.strip().rstrip("/") for word in text.split(","))):
+    for word in filter(None, map(str.strip, text.split(","))):
         url = word if "://" in word else f"nats://{word}"
         shown = without_secrets(url)
         try:
@@ -135,9 +135,9 @@ def _servers(text: str) -> tuple[str, ...]:
             port = parts.port
         except ValueError as e:
             raise ValueError(f"NATS_SERVER: {shown!r}: {e}") from None
-        if parts.scheme not in ("nats", "tls") or not parts.hostname or parts.path or parts.query:
+        if parts.scheme not in ("nats", "tls") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise ValueError(f"NATS_SERVER: {shown!r} is not like nats://host:4222 (several: separated by commas)")
-        found.append(url if port else f"{url}:4222")
+        found.append(f"{parts.scheme}://{parts.netloc}" + ("" if port else ":4222"))
     if not found:
         raise ValueError("NATS_SERVER: no server in it; write nats://host:4222")
     return tuple(dict.fromkeys(found))
