@@ -36,6 +36,22 @@ async def test_what_a_question_leaves_is_done_in_the_turn_after():
     assert done == ["again"]
 
 
+async def test_each_step_is_taken_for_all_before_the_next():
+    turn, done = Turn(), []
+
+    def question(name: str):
+        def ask() -> None:
+            done.append(f"{name} asks")
+            turn.then(lambda: done.append(f"{name} goes"))
+
+        return ask
+
+    turn.ask(question("one"))
+    turn.ask(question("two"))
+    await asyncio.sleep(0)
+    assert done == ["one asks", "two asks", "one goes", "two goes"]
+
+
 async def test_a_question_that_fails_keeps_the_others_from_nothing(caplog: pytest.LogCaptureFixture):
     turn, done = Turn(), []
     turn.ask(lambda: done.append(1 / 0))

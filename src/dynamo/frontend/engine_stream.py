@@ -143,7 +143,7 @@ class EngineStream:
         else:
             self._attempts += 1
             self._dispatch_at = perf_counter()
-            self._ask(split.decode)
+            self._place(split.decode, self._make_route(split.decode))
 
     def _travels(self, split: ModelSplit, remote: RemotePrefill) -> bool:
         """Whether a prefill worker is to compute the prompt, which is hashed here, and here only."""
@@ -226,6 +226,10 @@ class EngineStream:
 
     def _ask(self, router: ModelRouter) -> None:
         """Ask for a worker, together with the others of this turn."""
+        router.turn.then(partial(self._in_turn, self._place, router, self._make_route(router)))
+
+    def _make_route(self, router: ModelRouter) -> Route:
+        """The prompt's way, which hashes it; that of before where its worker could not be reached."""
         if self.route is None:
             wanted = self._wanted or wanted_of(router, self._request, self.context)
             self._wanted = None  # of this prompt, and of this way to it
@@ -235,9 +239,13 @@ class EngineStream:
                     self.remote.stay_near(wanted)
             explain = self._answer.plan.explains_routing
             self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
-        route = self.route
-        route.ask()  # which may refuse it: then it may have another by now
-        if self.remote is not None and route.decision is None and self._request.prefill_result is not None:
+        return self.route
+
+    def _place(self, router: ModelRouter, route: Route) -> None:
+        decision = route.place()  # which may refuse it: then it may have another route by now
+        if decision is not None:
+            router.turn.then(partial(self._in_turn, self._go, decision))
+        elif self.remote is not None and self._request.prefill_result is not None:
             self.remote.keep(self._request.prefill_result["disaggregated_params"])
 
     def _refuse(self, error: DynamoException) -> None:

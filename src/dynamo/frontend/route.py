@@ -57,6 +57,12 @@ class Route(msgspec.Struct, eq=False):
 
     def ask(self) -> None:
         """Ask for a worker; again, where the last one could not be reached."""
+        decision = self.place()
+        if decision is not None:
+            self.go(decision)
+
+    def place(self) -> Decision | None:
+        """As `ask`, but a decision that comes at once is given back, and `go` not called with it."""
         router, wanted = self.router, self.wanted
         if self.ticket is None:
             self._pins = wanted.allowed
@@ -66,8 +72,7 @@ class Route(msgspec.Struct, eq=False):
             wanted.allowed = self._pins  # a session may have narrowed it to the worker that is gone
         self.queue_depth = router.queue.pending
         ticket = self.ticket = router.route(wanted, self._decided, self.fail, explain=self.explain)
-        if ticket.decision is not None:
-            self.go(ticket.decision)
+        return ticket.decision
 
     def _decided(self, decision: Decision) -> None:
         """A decision that did not come at once: else the ticket is not ours yet, and `ask` goes on."""
