@@ -40,7 +40,7 @@ from tests.vllm.pair import (
     until,
 )
 from tests.vllm.vllm_cases import SCHEMA, words
-from tests.vllm.vllm_helpers import request
+from tests.vllm.vllm_helpers import descendants, pid_named, request
 
 pytestmark = [
     pytest.mark.vllm,
@@ -154,6 +154,12 @@ async def test_answers_are_those_of_one_worker_and_no_prompt_is_computed_twice(p
     assert total(after, "dynamo_component_kv_transfer_bytes_sum") > 0
     assert "of KV in" in pair.plain.log()
     await pair.nothing_held()
+
+
+async def test_every_worker_may_compute_on_every_core(pair: Pair) -> None:
+    for worker in (pair.prefiller, pair.plain, pair.cached):
+        computing = pid_named(descendants(worker.process.pid), "VLLM::Worker")
+        assert os.sched_getaffinity(computing) == os.sched_getaffinity(0)
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -1,6 +1,6 @@
 """How does KV pass between vLLM workers by NIXL, without a spinning thread and without a read that comes too late?
 
-vLLM's own pull connector (`NixlConnector`), changed in seven places; loaded into vLLM's processes by
+vLLM's own pull connector (`NixlConnector`), changed in eight places; loaded into vLLM's processes by
 `kv_connector_module_path`. Written against the versions of `dynamo.vllm.engine_core`:
 
 - NIXL's progress thread is off: it costs a core for each idle worker. A thread of ours polls every millisecond while
@@ -14,6 +14,8 @@ vLLM's own pull connector (`NixlConnector`), changed in seven places; loaded int
   reader goes by what it was told.
 - A prompt may be longer than what was computed of it: by the first token, see `dynamo.vllm.following`.
 - A read that takes a moment is waited for, where vLLM would look again a step later.
+- A worker computes on any core. vLLM moves it to the machine's last one, together with all others of the machine, whose
+  answers then stood still while a prompt was computed.
 """
 
 import logging
@@ -41,7 +43,7 @@ PORT_ENV = "VLLM_NIXL_SIDE_CHANNEL_PORT"
 LISTEN_S = 0.001  # between two looks for readers; two per cent of a core while KV is kept
 AWAIT_S = 0.005  # for a read while the engine has nothing to compute: as long as a step, with its hand-over
 AWAIT_BUSY_S = 0.0003  # while it has: the read itself is done by then, here, and only its end is missing
-_SPIN_S = 0.0002
+_PAUSE_S = 0.00002  # between two looks; without it UCX's own thread gets to nothing, and a read of 1 ms takes 2
 _BIND_TRIES = 20  # each time another port was taken between asking for a free one and binding it
 
 _agent_config = base_worker.nixl_agent_config
@@ -148,7 +150,9 @@ class _Listening:
 
 class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
     def __init__(self, *args: Any) -> None:
+        cores = os.sched_getaffinity(0)
         super().__init__(*args)
+        os.sched_setaffinity(0, cores)
         self._given_back: set[str] = set()
         self._read_until: dict[tuple[str, str], float] = {}  # (their engine, its request) → monotonic time
         self._lease_extension: int = self.kv_transfer_config.get_from_extra_config("kv_lease_duration", 30)
@@ -162,9 +166,8 @@ class _Worker(NixlPullConnectorWorker):  # type: ignore[misc]
     def await_reads(self, limit_s: float) -> None:
         """Let the reads that were begun get on, until they are done or time is up."""
         began = time.monotonic()
-        while self._is_reading() and (waited := time.monotonic() - began) < limit_s:
-            if waited > _SPIN_S:
-                time.sleep(_SPIN_S / 10)
+        while self._is_reading() and time.monotonic() - began < limit_s:
+            time.sleep(_PAUSE_S)
 
     def _is_reading(self) -> bool:
         handles = [handle for each in self._recving_transfers.values() for handle in each]
