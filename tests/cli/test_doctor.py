@@ -10,6 +10,7 @@ from dynamo.cli.doctor import examine
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.instances import instance_record
+from tests.runtime.nats_server import NatsServer, nats_running
 
 
 @pytest.fixture
@@ -70,3 +71,23 @@ async def test_a_hung_worker_is_told_in_bounded_time(
         await register(shared, f"{host}:{port}")
         (found,) = await examine("file")
     assert "no answer within" in found.trouble
+
+
+async def test_a_worker_that_is_reached_by_way_of_nats_answers_until_its_server_is_gone(
+    shared: DistributedRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with nats_running(NatsServer(tmp_path / "nats")) as server:
+        monkeypatch.setenv("NATS_SERVER", server.url)
+        by_nats = DistributedRuntime(discovery_backend="file", request_plane="nats")
+        await by_nats.endpoint("ns.comp.ep").start_endpoint(handler)
+        (found,) = await examine("file")
+        assert found.answer_ms is not None
+        assert found.address.startswith("nats:dynamo.inbox.")
+        await register(shared, "nats:dynamo.inbox.00")
+        nobody, there = sorted(await examine("file"), key=lambda f: f.answer_ms or 0)
+        assert (nobody.instance_id, "no process listens there" in nobody.trouble) == (7, True)
+        assert there.answer_ms is not None
+        server.kill()
+        assert all("cannot connect to NATS" in f.trouble for f in await examine("file"))
+        monkeypatch.setenv("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", "0")
+        await by_nats.close()

@@ -30,6 +30,16 @@ def test_variables_count_and_flags_win(monkeypatch):
     assert options().endpoint_types == ("completions",)
 
 
+def test_files_for_tls_with_nats_are_known_by_their_variables(monkeypatch):
+    monkeypatch.setenv("NATS_TLS_CA_CERT_PATH", "/ca.pem")
+    found = options("--nats-tls-cert-path", "/me.pem", "--nats-tls-key-path", "/me.key").nats_tls
+    assert found == {
+        "NATS_TLS_CA_CERT_PATH": "/ca.pem",
+        "NATS_TLS_CERT_PATH": "/me.pem",
+        "NATS_TLS_KEY_PATH": "/me.key",
+    }
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [

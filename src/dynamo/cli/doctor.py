@@ -1,10 +1,12 @@
 """Who is there, which model does each serve, and does it answer?"""
 
 import asyncio
+import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 from rich.console import Console
@@ -12,11 +14,16 @@ from rich.table import Table
 
 from dynamo import __version__
 from dynamo.runtime import wire
-from dynamo.runtime.address import INSTANCES, MODEL_CARDS, split_host_port
+from dynamo.runtime.address import INSTANCES, MODEL_CARDS, NATS, split_host_port
 from dynamo.runtime.discovery import choose_backend, open_discovery
 from dynamo.runtime.errors import DynamoException
-from dynamo.runtime.instances import Instance
+from dynamo.runtime.instances import parse_instance
+from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import OptionParser
+
+if TYPE_CHECKING:
+    from dynamo.runtime.nats.link import NatsLink
+    from dynamo.runtime.nats.transport import Exchange
 
 ANSWER_S = 3.0  # as long as a caller waits for a connection
 EXIT_FINE, EXIT_ILL, EXIT_USAGE = 0, 1, 2
@@ -37,27 +44,84 @@ class Finding(msgspec.Struct, frozen=True):
     trouble: str = ""
 
 
-async def ping(host_port: str) -> float:
+class _Pinger(asyncio.Protocol):
+    """Pings once, as a caller does. `answered` is set by the answer, or by what comes instead of it."""
+
+    def __init__(self) -> None:
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._frames = wire.FrameReader()
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.WriteTransport, transport)
+        hello = wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "dynamo doctor"))
+        self._transport.write(wire.PREAMBLE + hello + wire.PING_FRAME)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            if any(kind == wire.PONG for kind, _ in self._frames.feed(data)) and not self.answered.done():
+                self.answered.set_result(None)
+        except wire.ProtocolError as e:
+            self._fail(e)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._fail(exc or ConnectionError("the connection was closed without an answer"))
+
+    def _fail(self, error: Exception) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(error)
+            self.answered.exception()  # whoever waits hears it; nobody may
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+
+class _Ways:
+    """How to reach workers: by TCP, and by way of NATS, which is connected to when the first is found there."""
+
+    def __init__(self) -> None:
+        self._link: NatsLink | None = None
+        self._exchange: Exchange | None = None
+
+    async def dial(self, host_port: str, pinger: _Pinger) -> None:
+        if not host_port.startswith(NATS):
+            await asyncio.get_running_loop().create_connection(lambda: pinger, *split_host_port(host_port))
+            return
+        if self._exchange is None:
+            from dynamo.runtime.nats.link import NatsLink
+            from dynamo.runtime.nats.settings import NatsSettings
+            from dynamo.runtime.nats.transport import Exchange
+
+            settings = dataclasses.replace(NatsSettings.from_environ(), startup_s=0.0)
+            self._link = NatsLink(settings, "dynamo doctor", Metrics(0))
+            await self._link.start()
+            self._exchange = Exchange(self._link)
+        await self._exchange.dial(host_port.removeprefix(NATS), pinger)
+
+    async def close(self) -> None:
+        if self._link is not None:
+            await self._link.close()
+
+
+async def ping(host_port: str, ways: _Ways) -> float:
     """Milliseconds from connecting to a worker process to its answer to a ping.
 
     Raises:
         OSError: nobody listens there, or the connection broke.
+        CannotConnect, ValueError: NATS cannot be reached, or its variables are wrong.
         TimeoutError: no answer within `ANSWER_S`.
         wire.ProtocolError: somebody else listens there.
     """
     started = time.perf_counter()
-    async with asyncio.timeout(ANSWER_S):
-        reader, writer = await asyncio.open_connection(*split_host_port(host_port))
-        try:
-            hello = wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "dynamo doctor"))
-            writer.write(wire.PREAMBLE + hello + wire.PING_FRAME)
-            frames = wire.FrameReader()
-            while data := await reader.read(65536):
-                if any(kind == wire.PONG for kind, _ in frames.feed(data)):
-                    return (time.perf_counter() - started) * 1000
-            raise ConnectionError("the connection was closed without an answer")
-        finally:
-            writer.close()
+    pinger = _Pinger()
+    try:
+        async with asyncio.timeout(ANSWER_S):
+            await ways.dial(host_port, pinger)
+            await pinger.answered
+    finally:
+        pinger.close()
+    return (time.perf_counter() - started) * 1000
 
 
 async def examine(backend: str | None) -> list[Finding]:
@@ -69,27 +133,35 @@ async def examine(backend: str | None) -> list[Finding]:
     finally:
         await discovery.close()
     models = {key.removeprefix(f"{MODEL_CARDS}/"): _model_name(value) for key, value in cards.items()}
-    findings = []
+    ways = _Ways()
+    try:
+        return [await _examine_one(found, ways) for found in _found(records, models)]
+    finally:
+        await ways.close()
+
+
+def _found(records: dict[str, bytes], models: dict[str, str]) -> Iterator[Finding]:
+    """What stands in discovery, not yet examined."""
     for key, value in sorted(records.items()):
         where, _, number = key.removeprefix(f"{INSTANCES}/").rpartition("/")
         model = models.get(f"{where}/{number}", "")
         endpoint, instance_id = where.replace("/", "."), int(number, 16)
         try:
-            host_port = msgspec.json.decode(value, type=Instance).transport.address.partition("/")[0]
-            split_host_port(host_port)
+            host_port = parse_instance(key, value, lambda _: None).host_port
         except ValueError as e:
-            findings.append(Finding(endpoint, instance_id, "?", model, None, f"bad record: {e}"))
+            yield Finding(endpoint, instance_id, "?", model, None, f"bad record: {e}")
             continue
-        findings.append(await _examine_one(Finding(endpoint, instance_id, host_port, model, None)))
-    return findings
+        yield Finding(endpoint, instance_id, host_port, model, None)
 
 
-async def _examine_one(found: Finding) -> Finding:
+async def _examine_one(found: Finding, ways: _Ways) -> Finding:
+    if found.trouble:
+        return found
     try:
-        return msgspec.structs.replace(found, answer_ms=await ping(found.address))
+        return msgspec.structs.replace(found, answer_ms=await ping(found.address, ways))
     except TimeoutError:
         return msgspec.structs.replace(found, trouble=f"no answer within {ANSWER_S:g} s")
-    except (OSError, wire.ProtocolError) as e:
+    except (OSError, ValueError, DynamoException, wire.ProtocolError) as e:
         return msgspec.structs.replace(found, trouble=str(e))
 
 

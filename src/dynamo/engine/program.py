@@ -1,6 +1,7 @@
 """How does an engine's program run from its first line to its exit status?"""
 
 import asyncio
+import os
 import secrets
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,7 @@ def run_program(name: str, options: WorkerOptions, work: Work) -> int:
 
 
 async def _run(options: WorkerOptions, work: Work) -> int:
+    os.environ.update(options.nats_tls)  # where the runtime, and what it starts, look for them
     runtime = DistributedRuntime(
         asyncio.get_running_loop(),
         options.discovery_backend,

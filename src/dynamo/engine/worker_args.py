@@ -25,6 +25,12 @@ ENDPOINT_TYPES = ("chat", "completions")
 Role = Literal["agg", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("agg", "prefill", "decode")
 
+_NATS_TLS = {
+    "NATS_TLS_CA_CERT_PATH": "certificates of the server's authority",
+    "NATS_TLS_CERT_PATH": "certificate of this process",
+    "NATS_TLS_KEY_PATH": "key of that certificate",
+}
+
 _LATER = {
     "--kv-state-endpoint": "a KV state endpoint",
     "--connector": "KV connectors",
@@ -40,9 +46,6 @@ _LATER = {
     "--tcp-tls-ca-cert-path": "TLS between processes",
     "--tcp-tls-client-cert-path": "TLS between processes",
     "--tcp-tls-client-key-path": "TLS between processes",
-    "--nats-tls-cert-path": "NATS",
-    "--nats-tls-key-path": "NATS",
-    "--nats-tls-ca-cert-path": "NATS",
 }
 
 
@@ -54,6 +57,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     request_plane: str | None = None
     response_plane: str | None = None
     event_plane: str | None = None
+    nats_tls: dict[str, str] = {}
+    """Files for TLS with NATS, by the variable that names each."""
     endpoint_types: tuple[str, ...] = ENDPOINT_TYPES
     custom_jinja_template: str | None = None
     engine_request_limit: int | None = None
@@ -62,6 +67,10 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     dump_config_to: str | None = None
     disaggregation_mode: Role = "agg"
     on_lost_kv: Literal["recompute", "error"] = "recompute"
+
+
+def _flag(variable: str) -> str:
+    return "--" + variable.lower().replace("_", "-")
 
 
 def add_worker_options(parser: OptionParser) -> None:
@@ -81,9 +90,13 @@ def add_worker_options(parser: OptionParser) -> None:
     parser.option(
         place, "--discovery-backend", env="DYN_DISCOVERY_BACKEND", metavar="NAME", help="how processes find each other"
     )
-    parser.option(place, "--request-plane", env="DYN_REQUEST_PLANE", metavar="NAME", help="how requests travel")
+    parser.option(
+        place, "--request-plane", env="DYN_REQUEST_PLANE", metavar="NAME", help="how requests travel: tcp, nats"
+    )
     parser.option(place, "--response-plane", env="DYN_RESPONSE_PLANE", metavar="NAME", help="how responses travel")
-    parser.option(place, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel")
+    parser.option(place, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel: zmq, nats")
+    for variable, what in _NATS_TLS.items():
+        parser.option(place, _flag(variable), env=variable, metavar="FILE", help=f"PEM {what} for TLS with NATS")
 
     serving = parser.add_argument_group("serving")
     parser.option(
@@ -184,6 +197,7 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         request_plane=args.request_plane,
         response_plane=args.response_plane,
         event_plane=args.event_plane,
+        nats_tls={name: path for name in _NATS_TLS if (path := getattr(args, _flag(name)[2:].replace("-", "_")))},
         endpoint_types=types,
         custom_jinja_template=args.custom_jinja_template,
         engine_request_limit=args.engine_request_limit,

@@ -187,9 +187,19 @@ def parser() -> OptionParser:
         help="where workers announce themselves: file, mem, etcd, kubernetes (default: file on one machine)",
     )
     p.option(
-        found, "--request-plane", env="DYN_REQUEST_PLANE", metavar="NAME", help="how requests travel (default: tcp)"
+        found,
+        "--request-plane",
+        env="DYN_REQUEST_PLANE",
+        metavar="NAME",
+        help="how requests travel: tcp, nats (default: tcp)",
     )
-    p.option(found, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel (default: zmq)")
+    p.option(
+        found,
+        "--event-plane",
+        env="DYN_EVENT_PLANE",
+        metavar="NAME",
+        help="how events travel: zmq, nats (default: zmq)",
+    )
     routing = p.add_argument_group("routing")
     p.option(
         routing,

@@ -73,8 +73,8 @@ def make_parser() -> OptionParser:
     planes = parser.add_argument_group("runtime")
     for flag, env, text in (
         ("--discovery-backend", "DYN_DISCOVERY_BACKEND", "where all announce themselves (unset: file)"),
-        ("--request-plane", "DYN_REQUEST_PLANE", "how requests travel (unset: tcp)"),
-        ("--event-plane", "DYN_EVENT_PLANE", "how events travel (unset: zmq)"),
+        ("--request-plane", "DYN_REQUEST_PLANE", "how requests travel: tcp, nats (unset: tcp)"),
+        ("--event-plane", "DYN_EVENT_PLANE", "how events travel: zmq, nats (unset: zmq)"),
     ):
         option(planes, flag, env=env, metavar="NAME", help=text)
     add_router_options(parser)
