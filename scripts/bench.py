@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """How does this compare with the peer, and what does each part cost? Writes docs/reference/benchmarks.md.
 
-usage: scripts/bench.py [--rounds 3] [--only peer|own|NAME[,NAME]] [--peer PYTHON] [--render]
+usage: scripts/bench.py [--rounds 3] [--only peer|peer-kv|kv|own|NAME[,NAME]] [--peer PYTHON] [--render]
 
 Runs ../shared/bench/compare.py, which measures this project's frontend and ai-dynamo's in turn with the same command
-lines and load (its environment is made in build/peer the first time), then the benchmarks of this repository. Raw
-results are kept in build/bench; --render writes the page from them without measuring again, and --only measures one
-side, or single files of benchmarks/. What was not measured here stays on the page as it is. Measure on a machine that
+lines and load (its environment is made in build/peer the first time): with round robin (`peer`) and routing by KV
+caches (`peer-kv`). Then our own frontend alone, each way in turn (`kv`), and the benchmarks of this repository. Raw
+results are kept in build/bench; --render writes the page from them without measuring again, and --only measures some of
+these, or single files of benchmarks/. What was not measured here stays on the page as it is. Measure on a machine that
 does nothing else.
 """
 
@@ -15,6 +16,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -41,6 +43,11 @@ SCENARIOS = {
 GOALS = {"stream": 0.30, "crowd": 0.45, "unary": 0.30, "long": 0.75, "shared": 0.30, "single": 0.15}
 
 BESIDE_PEER = "Beside ai-dynamo 1.6.1"
+BESIDE_PEER_KV = f"{BESIDE_PEER}, routing by KV caches"
+KV_COST = "What does routing by KV caches cost the frontend?"
+KV_GOAL = 1.10  # times the CPU of round robin
+COMPARED = {"peer": ("compare", "round-robin", BESIDE_PEER), "peer-kv": ("compare_kv", "kv", BESIDE_PEER_KV)}
+"""What --only calls it: where results are kept, the router mode, and the heading."""
 FIRST = "vllm_worker"  # of our own: what users feel most
 
 
@@ -52,24 +59,27 @@ def own() -> list[str]:
 def wanted(words: str) -> list[str]:
     """What --only asks for. Raises ArgumentTypeError naming what there is."""
     names = own() if words == "own" else words.split(",")
-    unknown = [name for name in names if name != "peer" and name not in own()]
+    known = [*COMPARED, "kv", *own()]
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise argparse.ArgumentTypeError(f"no such benchmark: {unknown[0]}; there are peer, own, {', '.join(own())}")
+        raise argparse.ArgumentTypeError(f"no such benchmark: {unknown[0]}; there are own, {', '.join(known)}")
     return names
 
 
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--rounds", type=int, default=3)
-    ap.add_argument("--only", type=wanted, default=["peer", *own()], help="peer, own, or names of benchmarks")
+    ap.add_argument("--only", type=wanted, default=[*COMPARED, "kv", *own()], help="own, or names of benchmarks")
     ap.add_argument("--peer", type=Path, help="an interpreter that has the peer (default: made in build/peer)")
     ap.add_argument("--render", action="store_true", help="write the page from the last results")
     a = ap.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not a.render:
         for name in a.only:
-            if name == "peer":
-                compare(a.rounds, a.peer)
+            if name in COMPARED:
+                compare(name, a.rounds, a.peer)
+            elif name == "kv":
+                compare_modes(a.rounds)
             else:
                 run_own(name)
     PAGE.write_text(page())
@@ -77,23 +87,49 @@ def main() -> int:
     return 0
 
 
-def compare(rounds: int, peer: Path | None) -> None:
+def compare(name: str, rounds: int, peer: Path | None) -> None:
     """Measure both sides, or say why not."""
+    kept, mode, _ = COMPARED[name]
     if not (SHARED / "compare.py").exists():
         print(f"skipped: the comparison with the peer needs {SHARED}, which is not there", flush=True)
         return
     if peer is None and not (PEER / "bin" / "python").exists():
         print("making the peer's environment in build/peer (minutes)", flush=True)
         subprocess.run([SHARED / "setup_peer.sh", PEER], check=True, timeout=COMPARE_TIMEOUT_S)
+    started = time.time()
+    _run_compare(RESULTS / f"{kept}.json", mode, rounds, "--peer", peer or PEER / "bin" / "python")
+    _keep_about(kept, rounds, started)
+
+
+def compare_modes(rounds: int) -> None:
+    """Measure our own frontend with round robin and with KV routing, once each in turn, or say why not."""
+    if not (SHARED / "compare.py").exists():
+        print(f"skipped: the cost of KV routing needs {SHARED}, which is not there", flush=True)
+        return
+    started, one = time.time(), RESULTS / "kv_round.json"
+    costs: dict[str, dict[str, list[float]]] = {name: {"round-robin": [], "kv": []} for name in SCENARIOS}
+    for number in range(rounds):
+        for mode in ("round-robin", "kv") if number % 2 == 0 else ("kv", "round-robin"):
+            _run_compare(one, mode, 1)
+            for name, row in json.loads(one.read_text())["scenarios"].items():
+                costs[name][mode].append(row["ours"]["cpu_us"])
+    one.unlink(missing_ok=True)
+    (RESULTS / "kv.json").write_text(json.dumps(costs))
+    _keep_about("kv", rounds, started)
+
+
+def _run_compare(to: Path, mode: str, rounds: int, *more: str | Path) -> None:
     from dynamo.cli.demo_model import make_demo_model
 
     model = make_demo_model(ROOT / "build" / "demo-model")
-    peer = peer or PEER / "bin" / "python"
-    words: list[str | Path] = [SHARED / "compare.py", "--ours", sys.executable, "--peer", peer, "--model-path", model]
-    words += ["--router-mode", "round-robin", "--rounds", str(rounds), "--json", RESULTS / "compare.json"]
-    started = time.time()
+    words: list[str | Path] = [SHARED / "compare.py", "--ours", sys.executable, "--model-path", model, *more]
+    words += ["--router-mode", mode, "--rounds", str(rounds), "--json", to]
     subprocess.run([sys.executable, *words], check=True, timeout=COMPARE_TIMEOUT_S)
-    (RESULTS / "compare.about.json").write_text(json.dumps(about() | {"rounds": rounds, "minutes": _minutes(started)}))
+
+
+def _keep_about(name: str, rounds: int, started: float) -> None:
+    kept = about() | {"rounds": rounds, "minutes": _minutes(started)}
+    (RESULTS / f"{name}.about.json").write_text(json.dumps(kept))
 
 
 def run_own(name: str) -> None:
@@ -152,11 +188,15 @@ def page() -> str:
         "Written by `make bench`; do not edit. A benchmark, its command and its last result stand together.",
         "",
     ]
-    measured, about = _kept("compare"), _kept("compare.about")
-    if measured is None and BESIDE_PEER in present:
-        parts += present[BESIDE_PEER]
+    for kept, mode, heading in COMPARED.values():
+        if (measured := _kept(kept)) is None and heading in present:
+            parts += present[heading]
+        else:
+            parts += peer_part(heading, mode, measured, _kept(f"{kept}.about"))
+    if (costs := _kept("kv")) is None:
+        parts += present.get(KV_COST, [])
     else:
-        parts += peer_part(measured, about)
+        parts += kv_part(costs, _kept("kv.about"))
     for name in own():
         question = asked(name)
         if (kept := _kept(name)) is not None:
@@ -192,16 +232,35 @@ def _where(about: dict[str, Any]) -> str:
     return f"{about['date']}, revision {about['revision']}, {about['machine']}, Python {about['python']}"
 
 
-def peer_part(report: dict[str, Any] | None, about: dict[str, Any] | None) -> list[str]:
+def kv_part(costs: dict[str, dict[str, list[float]]], about: dict[str, Any]) -> list[str]:
+    """Our frontend's two ways, as a table."""
+    head = [
+        f"## {KV_COST}",
+        "",
+        "CPU of our own frontend's process tree, µs by event for streams and by request otherwise, with `--router-mode",
+        f"kv` and with round robin, in turn. Medians of {about['rounds']} rounds; {_where(about)}.",
+        "",
+        "| scenario | round robin | kv | kv / round robin | goal |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    rows = []
+    for name, modes in costs.items():
+        plain, kv = (statistics.median(modes[mode]) for mode in ("round-robin", "kv"))
+        mark = "" if kv <= KV_GOAL * plain else " (missed)"
+        rows.append(f"| {name} | {_number(plain)} | {_number(kv)} | **{kv / plain:.2f}**{mark} | ≤ {KV_GOAL:.2f} |")
+    return [*head, *rows, ""]
+
+
+def peer_part(heading: str, mode: str, report: dict[str, Any] | None, about: dict[str, Any] | None) -> list[str]:
     """The comparison, as two tables."""
-    head = [f"## {BESIDE_PEER}", ""]
+    head = [f"## {heading}", ""]
     if report is None or about is None:
         return [*head, "Not measured on this machine yet.", ""]
     scenarios = report["scenarios"]
     head += [
-        "The same command lines, load generator and machine, in turn, in one run: a frontend with `--router-mode",
-        "round-robin` and 8 mock workers without delays. CPU is that of the frontend's whole process tree, by event",
-        f"for streams and by request otherwise. Medians of {about['rounds']} rounds; {_where(about)},",
+        "The same command lines, load generator and machine, in turn, in one run: a frontend with",
+        f"`--router-mode {mode}` and 8 mock workers without delays. CPU is that of the frontend's process tree, by",
+        f"event for streams and by request otherwise. Medians of {about['rounds']} rounds; {_where(about)},",
         f"uvloop {about['uvloop']}. Times are p50 / p99.",
         "",
         f"The floor, one loopback `send` of 230 bytes on this machine in the same run: {report['floor_us']} µs.",
