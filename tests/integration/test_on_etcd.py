@@ -2,6 +2,7 @@
 
 import json
 import signal
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -19,9 +20,20 @@ def answer(deployment: Deployment) -> str:
     request = urllib.request.Request(
         f"{deployment.base}/v1/chat/completions", body, {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=10) as response:
-        text: str = json.load(response)["choices"][0]["message"]["content"]
+    try:
+        with urllib.request.urlopen(request, timeout=10) as response:
+            text: str = json.load(response)["choices"][0]["message"]["content"]
+    except urllib.error.HTTPError as e:
+        raise AssertionError(f"{e}: {e.read()!r}\n{deployment.processes[-1].log()}") from e
     return text
+
+
+def answers(deployment: Deployment) -> bool:
+    """Whether a request is answered now."""
+    try:
+        return bool(answer(deployment))
+    except AssertionError:
+        return False
 
 
 def test_a_deployment_on_etcd_answers_before_during_and_after_an_outage(
@@ -44,7 +56,7 @@ def test_a_deployment_on_etcd_answers_before_during_and_after_an_outage(
         server.kill()
         leaver.signal(signal.SIGTERM)
         assert leaver.wait(15) == 0, leaver.log()
-        assert answer(deployment)
+        deployment.until(lambda: answers(deployment), "the one that stayed answers")
 
         server.start()
         server.wait_ready()
