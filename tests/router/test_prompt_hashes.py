@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynamo.llm.block_hash import compute_block_hash_for_seq, sequence_hashes
+from dynamo.llm.segment_cache import TokenIds
 from dynamo.router import prompt_hashes as module
 from dynamo.router.prompt_hashes import PromptHashes
 from dynamo.runtime.errors import InvalidArgument
@@ -84,3 +85,65 @@ def test_a_token_that_is_none_is_refused_where_it_is_looked_at():
     assert hashes[31]
     with pytest.raises(InvalidArgument, match="token ids"):
         hashes[40]
+
+
+class Text:
+    """Prompts as a tokenizer's cache gives them: equal parts of their beginnings are the same objects."""
+
+    def __init__(self, draw: random.Random, parts: int) -> None:
+        self.parts = [tuple(draw.randrange(1000) for _ in range(draw.randrange(1, 400))) for _ in range(parts)]
+
+    def prompt(self, parts: list[int], own: list[int]) -> TokenIds:
+        ids = TokenIds()
+        for number in parts:
+            ids += self.parts[number]
+            ids.parts.append(self.parts[number])
+        ids += own
+        return ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.sampled_from([1, 7, 16, 64, 600]),
+    prompts=st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 700)), max_size=8),
+    looks=st.lists(st.integers(0, 300), min_size=8, max_size=8),
+    most=st.sampled_from([3, 8192]),
+    seed=st.integers(0, 9),
+)
+def test_prompts_of_parts_that_were_seen_have_the_hashes_of_their_tokens(size, prompts, looks, most, seed):
+    draw = random.Random(seed)
+    text, hashes_of = Text(draw, 6), PromptHashes(size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_PARTS", most)
+        for (parts, own), look in zip(prompts, looks, strict=False):
+            prompt = text.prompt(parts, [draw.randrange(1000) for _ in range(own)])
+            expected, salted = anew(prompt, size), anew(prompt, size, salt="a")
+            hashes = hashes_of.of(prompt)
+            if look < len(expected):
+                assert hashes[look] == expected[look]
+            assert list(hashes_of.of(prompt, None, "a")) == salted
+            assert list(hashes_of.of(prompt)) == expected
+            assert list(hashes) == expected
+
+
+def test_a_beginning_that_was_seen_is_not_hashed_again(monkeypatch):
+    hashed = []
+    chunk = PromptHashes.chunk
+    monkeypatch.setattr(
+        PromptHashes, "chunk", lambda self, ids, *rest: (hashed.append(len(ids)), chunk(self, ids, *rest))[1]
+    )
+    text, hashes_of = Text(random.Random(3), 30), PromptHashes(16)
+    first, second = (text.prompt(list(range(30)), [own] * 300) for own in (1, 2))
+    assert list(hashes_of.of(first)) == anew(first, 16)
+    del hashed[:]
+    assert list(hashes_of.of(second)) == anew(second, 16)
+    assert sum(hashed) < 320
+
+
+def test_a_part_is_not_taken_for_another_that_came_to_be_where_it_was():
+    hashes_of = PromptHashes(16)
+    for number in range(200):  # each part's memory may be the one before's
+        ids = TokenIds()
+        ids += range(number, number + 700)
+        ids.parts.append(tuple(ids))
+        assert list(hashes_of.of(ids)) == anew(ids, 16)

@@ -101,13 +101,24 @@ class CacheCounts:
     uncached_tokens: int = 0
 
 
+class TokenIds(list[int]):
+    """The ids of a text, and the parts that they begin with: of texts that begin alike these are the same objects, so
+    that who has seen one need not look at its tokens again."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Ids] = []
+
+
 @dataclass
 class Beginning:
     """A text of which the first `at` characters are looked up, and their ids."""
 
     text: str
     at: int = 0
-    ids: list[int] = field(default_factory=list)
+    ids: TokenIds = field(default_factory=TokenIds)
 
     @property
     def open_chars(self) -> int:
@@ -164,6 +175,7 @@ class SegmentCache:
                 self._renew(part, known)
                 young = self._parts.young
             ids += known
+            ids.parts.append(known)
             at = end
         begun.at = at
         return begun
@@ -180,8 +192,10 @@ class SegmentCache:
             found = self._words_of(part)
             ids += found
             if len(part) >= self._part_chars:
+                kept = tuple(found)
+                ids.parts.append(kept)
                 with self._lock:
-                    self._parts.put(part, tuple(found), _POINTER_BYTES)
+                    self._parts.put(part, kept, _POINTER_BYTES)
         self._count(begun, known)
         return ids
 
