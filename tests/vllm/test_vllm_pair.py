@@ -51,6 +51,7 @@ pytestmark = [
 
 GREEDY = {"temperature": 0.0}
 RECOMPUTES = "dynamo_component_kv_transfer_recomputes_total"
+QUEUES = ["--scheduling-policy", "priority", "--engine-request-limit", "1000"]  # vLLM's own queue, and not ours
 BY_SOURCE = "vllm:prompt_tokens_by_source_total"
 
 
@@ -102,7 +103,7 @@ async def pair(weights_dir: Path, lora_dir: Path, tmp_path_factory: pytest.TempP
         decode = ["--disaggregation-mode", "decode"]
         workers = [
             await start("prefill", "core", "--disaggregation-mode", "prefill", "--kv-lease", str(LEASE_S), *adapter),
-            await start("plain", "core", *decode, "--no-enable-prefix-caching", "--scheduling-policy", "priority"),
+            await start("plain", "core", *decode, "--no-enable-prefix-caching", *QUEUES),
             await start("cached", "async", *decode, "--endpoint", "dynamo.cached.generate", *adapter),
         ]
         try:
@@ -314,11 +315,11 @@ async def test_kv_is_there_after_a_queue_of_three_leases(pair: Pair) -> None:
 
     async def keep_busy(seed: int) -> None:
         rnd = random.Random(seed)
-        while True:  # of many lengths, so that no more end at once than wait
+        while True:
             await ask(pair.plain, asked(words(seed, 5), rnd.randrange(50, 390), routing={"priority": 5}))
 
-    # As many as are let into the engine beside the one that this is about: it waits behind them in vLLM's own queue.
-    ahead = [asyncio.ensure_future(keep_busy(2000 + i)) for i in range(SEQUENCES * 3 // 2 - 1)]
+    # All are let into the engine. The one that this is about waits behind many times as many as run at once.
+    ahead = [asyncio.ensure_future(keep_busy(2000 + i)) for i in range(4 * SEQUENCES)]
     try:
         first = await prefill(pair.prefiller, wanted)
         answer = asyncio.ensure_future(ask(pair.plain, resumed(wanted, first)))
