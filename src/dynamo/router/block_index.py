@@ -277,7 +277,11 @@ class BlockIndex(Generic[H]):
             raise ValueError(f"tokens_hash: not an unsigned 64-bit number: {e}") from e
         if slot.names is None and names != seqs:
             slot.names = self._own_names(slot)
-        fresh = self._reach(slot, above, seqs, local_hashes)
+        tree, fresh = self._tree, 0
+        if above is None and not tree.run_from(seqs[0]).mask:  # a prompt that nobody has the beginning of
+            tree.attach(tree.root, None, seqs, local_hashes, slot.bit)
+        else:
+            fresh = self._reach(slot, above, seqs, local_hashes)
         added = count - fresh
         if slot.holes or slot.names is not None:
             filled = self._fill_all(slot, seqs[:fresh]) if fresh and slot.holes else NONE
