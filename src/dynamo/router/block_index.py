@@ -10,12 +10,13 @@ filled. Engines evict ends first, so holes are rare; they are counted apart and 
 """
 
 import struct
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Generic, TypeVar
+from typing import Generic
 
 from dynamo.llm.block_hash import PAIR, next_sequence_hash, sequence_hashes
 from dynamo.router.account import Account, HeldRun
+from dynamo.router.holder_slot import H, Slot
 from dynamo.router.levels import Level, cut_at_holes, level
 from dynamo.router.run_tree import LAST_BITS, Run, RunTree, shared_length
 
@@ -27,28 +28,9 @@ NONE: frozenset[int] = frozenset()
 MAX_HASH = (1 << 64) - 1
 MIN_SWEPT = 64  # blocks of a holder that left, taken out with each store; more with larger stores
 
-H = TypeVar("H", bound=Hashable)
-
 
 class UnknownParentError(LookupError):
     """The holder does not hold the block that these blocks follow."""
-
-
-class _Slot(Generic[H]):
-    """What is known of one holder."""
-
-    __slots__ = ("aliases", "bit", "blocks", "holder", "holes", "names")
-
-    def __init__(self, holder: H, bit: int) -> None:
-        self.holder = holder
-        self.bit = bit
-        self.blocks = 0
-        """How many it holds, holes not counted."""
-        self.holes: set[int] = set()
-        self.names: dict[int, int] | None = None
-        """The engine's name of each block held -> sequence hash; None while they are all the same [K57]."""
-        self.aliases: dict[int, int] = {}
-        """Sequence hash -> how many names it has beyond one, if any."""
 
 
 class BlockIndex(Generic[H]):
@@ -59,8 +41,8 @@ class BlockIndex(Generic[H]):
 
     def __init__(self, *, keep_contents: bool = False) -> None:
         self._tree = RunTree(keep_contents)
-        self._slots: dict[H, _Slot[H]] = {}
-        self._by_bit: list[_Slot[H] | None] = []
+        self._slots: dict[H, Slot[H]] = {}
+        self._by_bit: list[Slot[H] | None] = []
         self._free_bits: list[int] = []
         self._holes: dict[int, int] = {}  # sequence hash -> who has a hole there
         self._sets: dict[int, tuple[H, ...]] = {}
@@ -200,14 +182,14 @@ class BlockIndex(Generic[H]):
         """Know a holder before it has stored anything."""
         self._slot(holder)
 
-    def _slot(self, holder: H) -> _Slot[H]:
+    def _slot(self, holder: H) -> Slot[H]:
         slot = self._slots.get(holder)
         if slot is None:
             if not self._free_bits:
                 self._free_bits.append(len(self._by_bit))
                 self._by_bit.append(None)
             number = self._free_bits.pop()
-            slot = self._slots[holder] = self._by_bit[number] = _Slot(holder, 1 << number)
+            slot = self._slots[holder] = self._by_bit[number] = Slot(holder, 1 << number)
         return slot
 
     def sequence_hash(self, holder: H, name: int) -> int | None:
@@ -215,7 +197,7 @@ class BlockIndex(Generic[H]):
         slot = self._slots.get(holder)
         return None if slot is None else self._resolve(slot, name)
 
-    def _resolve(self, slot: _Slot[H], name: int) -> int | None:
+    def _resolve(self, slot: Slot[H], name: int) -> int | None:
         if slot.names is not None:
             return slot.names.get(name)
         if self._tree.run_of(name).mask & slot.bit and name not in slot.holes:
@@ -263,7 +245,7 @@ class BlockIndex(Generic[H]):
         """As `store`, after the block with the sequence hash `above`, which anybody must reach."""
         return self._store(self._slot(holder), above, names, local_hashes)
 
-    def _store(self, slot: _Slot[H], above: int | None, names: list[int], local_hashes: list[int]) -> int:
+    def _store(self, slot: Slot[H], above: int | None, names: list[int], local_hashes: list[int]) -> int:
         count = len(names)
         if not count or count != len(local_hashes):
             if count or local_hashes:
@@ -287,7 +269,8 @@ class BlockIndex(Generic[H]):
             filled = self._fill_all(slot, seqs[:fresh]) if fresh and slot.holes else NONE
             added += len(filled)
             if slot.names is not None:
-                self._name(slot, slot.names, names, seqs, filled.union(seqs[fresh:]))
+                for old in slot.call(slot.names, names, seqs, filled.union(seqs[fresh:])):
+                    self._unname(slot, old)
         slot.blocks += added
         if self._tree.left:
             self.sweep(2 * count + MIN_SWEPT)
@@ -307,7 +290,7 @@ class BlockIndex(Generic[H]):
             self.sweep(2 * len(seqs) + MIN_SWEPT)
         return added
 
-    def _reach(self, slot: _Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
+    def _reach(self, slot: Slot[H], above: int | None, seqs: list[int], local_hashes: list[int]) -> int:
         """Let a holder reach `seqs`. Returns the position from which on they are new to it."""
         tree, bit = self._tree, slot.bit
         parent = tree.root if above is None else tree.run_of(above)
@@ -335,7 +318,7 @@ class BlockIndex(Generic[H]):
         tree.attach(parent, seqs[done - 1], seqs[done:], local_hashes[done:], bit)
         return min(fresh, done)
 
-    def _reach_back(self, slot: _Slot[H], run: Run, seq: int) -> Run:
+    def _reach_back(self, slot: Slot[H], run: Run, seq: int) -> Run:
         """Let a holder reach a block that it does not hold, and all before it: holes, every one."""
         end = run.find(seq) + 1
         if end < len(run.seqs):
@@ -372,43 +355,12 @@ class BlockIndex(Generic[H]):
 
     # --- names
 
-    def _own_names(self, slot: _Slot[H]) -> dict[int, int]:
+    def _own_names(self, slot: Slot[H]) -> dict[int, int]:
         """The names of a holder whose blocks were all called by their sequence hashes so far."""
         return {seq: seq for run in self._tree.reached(slot.bit) for seq in run.seqs if seq not in slot.holes}
 
-    def _name(
-        self, slot: _Slot[H], known: dict[int, int], names: list[int], seqs: list[int], new: frozenset[int]
-    ) -> None:
-        """Note what the engine calls blocks, of which `new` have no name yet.
-
-        A name names one block, the last; a block may have several names.
-        """
-        if len(new) == len(seqs) == len(set(names)) and known.keys().isdisjoint(names):
-            known.update(zip(names, seqs, strict=True))
-            return
-        unnamed, renamed = set(new), []
-        for name, seq in zip(names, seqs, strict=True):
-            old = known.get(name)
-            if old == seq:
-                continue
-            known[name] = seq
-            if seq in unnamed:
-                unnamed.discard(seq)
-            else:
-                slot.aliases[seq] = slot.aliases.get(seq, 0) + 1
-            if old is not None:
-                renamed.append(old)
-        for old in renamed:
-            self._unname(slot, old)
-
-    def _unname(self, slot: _Slot[H], seq: int) -> None:
-        """A name of this block is gone; with its last one the block is."""
-        others = slot.aliases.get(seq, 0)
-        if others > 1:
-            slot.aliases[seq] = others - 1
-        elif others:
-            del slot.aliases[seq]
-        else:
+    def _unname(self, slot: Slot[H], seq: int) -> None:
+        if slot.uncall(seq):
             self._release(slot, seq)
 
     # --- removing
@@ -429,7 +381,7 @@ class BlockIndex(Generic[H]):
                 self._unname(slot, seq)
         return unknown
 
-    def _remove_seqs(self, slot: _Slot[H], seqs: list[int]) -> int:
+    def _remove_seqs(self, slot: Slot[H], seqs: list[int]) -> int:
         """As `remove`, by sequence hashes. Engines evict ends first, so most go many at a time."""
         tree, bit, unknown, done = self._tree, slot.bit, 0, 0
         while done < len(seqs):
@@ -443,7 +395,7 @@ class BlockIndex(Generic[H]):
             done += together or 1
         return unknown
 
-    def _release(self, slot: _Slot[H], seq: int) -> None:
+    def _release(self, slot: Slot[H], seq: int) -> None:
         """A holder holds this block no longer. If it holds one behind it, that leaves a hole."""
         run, bit = self._tree.run_of(seq), slot.bit
         slot.blocks -= 1
@@ -455,11 +407,11 @@ class BlockIndex(Generic[H]):
             self._fill(slot, run.seqs[-1])  # there is nothing behind it any more
             run = self._tree.drop_last(run, bit)
 
-    def _dig(self, slot: _Slot[H], seq: int) -> None:
+    def _dig(self, slot: Slot[H], seq: int) -> None:
         slot.holes.add(seq)
         self._holes[seq] = self._holes.get(seq, 0) | slot.bit
 
-    def _fill(self, slot: _Slot[H], seq: int) -> None:
+    def _fill(self, slot: Slot[H], seq: int) -> None:
         slot.holes.discard(seq)
         mask = self._holes[seq] & ~slot.bit
         if mask:
@@ -467,7 +419,7 @@ class BlockIndex(Generic[H]):
         else:
             del self._holes[seq]
 
-    def _fill_all(self, slot: _Slot[H], seqs: Iterable[int]) -> frozenset[int]:
+    def _fill_all(self, slot: Slot[H], seqs: Iterable[int]) -> frozenset[int]:
         """Fill the holes among these blocks; returns them."""
         filled = frozenset(slot.holes.intersection(seqs))
         for seq in filled:
