@@ -97,8 +97,16 @@ class Deployment:
         return {i["instance_id"] for i in found if i["endpoint"] == "generate"}
 
     def wait_for(self, name: str = "m", workers: int = 1) -> None:
-        """Until the frontend serves a model, by so many workers in all."""
-        self.until(lambda: name in self.models() and len(self.instances()) >= workers, f"{name} by {workers} workers")
+        """Until the frontend serves a model, and has the cards of so many workers of all models."""
+        self.until(
+            lambda: name in self.models() and self.admitted() >= workers,
+            f"{name} by {workers} workers",
+        )
+
+    def admitted(self) -> int:
+        """Workers that requests go to; /health tells of those, too, whose cards have not come."""
+        models = (self.get("/status") or {}).get("models", {})
+        return sum(each["workers"] for sets in models.values() for each in sets)
 
     def until(self, true: Callable[[], bool], what: str, timeout_s: float = READY_S) -> float:
         """Wait; returns the seconds it took. Fails with the logs."""
