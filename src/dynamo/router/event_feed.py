@@ -11,7 +11,6 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,7 +20,8 @@ from dynamo.llm.kv_events import KvEventData, RouterEvent
 from dynamo.router.event_metrics import FeedMetrics
 from dynamo.router.event_recovery import ask, publisher_of, read_source
 from dynamo.router.event_stream import EventStream, StreamState
-from dynamo.router.recovery import KV_EVENTS_TOPIC, Retold, SourceRecord, sources_prefix
+from dynamo.router.heard_publisher import RESYNC_S, HeardPublisher
+from dynamo.router.recovery import KV_EVENTS_TOPIC, Retold, sources_prefix
 from dynamo.router.tier_index import Outcome, TierIndex
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.connection import ConnectionPool
@@ -39,7 +39,6 @@ _OK = Outcome.OK
 TICK_S = 0.5
 QUIET_S = 1.5  # a worker that says nothing for this long is asked once whether that was all
 SOURCE_GRACE_S = 2.0  # a publisher's source may show in discovery this much later than its first event
-RESYNC_S = 60.0  # a worker whose events contradict what is known of it is asked for everything at most this often
 HEARING_S = 1.0  # for a connection to a publisher; it takes milliseconds
 POLL_S = 0.01
 RETRY_S = 0.2  # before a worker that could not be asked is asked again; doubles up to ...
@@ -53,24 +52,6 @@ class HasPlanes(HasEvents, Protocol):
 
     @property
     def pool(self) -> ConnectionPool: ...
-
-
-@dataclass(slots=True, eq=False)
-class _Publisher:
-    """One publisher of KV events: what discovery says of it, and the streams it is heard on."""
-
-    id: int
-    record: SourceRecord | None = None
-    target: Target | None = None
-    streams: dict[WorkerKey, EventStream] = field(default_factory=dict)
-    seen_at: float = 0.0
-    heard_at: float = 0.0
-    confirmed: bool = False
-    """Whether it was asked since it was last heard."""
-    refused: str = ""
-    last_error: str = ""
-    resynced_at: float = -RESYNC_S
-    recoveries: Counter[str] = field(default_factory=Counter)
 
 
 class KvEventFeed:
@@ -92,7 +73,7 @@ class KvEventFeed:
         self.kv_block_size = kv_block_size
         self._runtime = runtime
         self._scope = scope_of(where)
-        self._publishers: dict[int, _Publisher] = {}
+        self._publishers: dict[int, HeardPublisher] = {}
         self._metrics = FeedMetrics(runtime.metrics, index, self._states, labels)
         self._owners: dict[WorkerKey, int] = {}
         self._asking: dict[EventStream, asyncio.Task[None]] = {}
@@ -139,25 +120,7 @@ class KvEventFeed:
     def status(self) -> list[dict[str, Any]]:
         """A line for each rank that publishes: whether all is known of it, and if not, why."""
         now = self._loop.time()
-        return [
-            {
-                "worker_id": worker.worker_id,
-                "dp_rank": worker.dp_rank,
-                "publisher_id": f"{publisher.id:x}",
-                "state": StreamState.REFUSED.value if publisher.refused else stream.state.value,
-                "reason": publisher.refused or stream.reason,
-                "last_error": publisher.last_error,
-                "blocks": self.index.blocks(worker),
-                "next_event_id": stream.expected,
-                "gaps": stream.gaps,
-                "missed_events": stream.missed_events,
-                "duplicates": stream.duplicates,
-                "recoveries": dict(publisher.recoveries),
-                "silent_s": round(now - publisher.heard_at, 1) if publisher.heard_at else None,
-            }
-            for publisher in self._publishers.values()
-            for worker, stream in publisher.streams.items()
-        ]
+        return [line for publisher in self._publishers.values() for line in publisher.status(self.index, now)]
 
     def publishing(self) -> set[WorkerKey]:
         """The ranks that are heard, or could be."""
@@ -191,8 +154,7 @@ class KvEventFeed:
     def _states(self) -> dict[str, int]:
         states: Counter[str] = Counter({state.value: 0 for state in StreamState})
         for publisher in self._publishers.values():
-            for stream in publisher.streams.values():
-                states[StreamState.REFUSED.value if publisher.refused else stream.state.value] += 1
+            states.update(state.value for state in publisher.states())
         return dict(states)
 
     # --- sources come and go
@@ -235,21 +197,21 @@ class KvEventFeed:
             publisher.refused = ""
         self._adopt(publisher, record.worker)
 
-    def _publisher(self, publisher_id: int) -> _Publisher:
+    def _publisher(self, publisher_id: int) -> HeardPublisher:
         publisher = self._publishers.get(publisher_id)
         if publisher is None:
-            publisher = self._publishers[publisher_id] = _Publisher(publisher_id, seen_at=self._loop.time())
+            publisher = self._publishers[publisher_id] = HeardPublisher(publisher_id, seen_at=self._loop.time())
             self._metrics.lifecycle("joined")
         return publisher
 
-    def _use(self, publisher: _Publisher, target: Target | None) -> None:
+    def _use(self, publisher: HeardPublisher, target: Target | None) -> None:
         """Keep the connection to where a publisher is asked for as long as it may be."""
         for known, used in ((publisher.target, False), (target, True)):
             if known is not None:
                 self._runtime.pool.use(known.host_port, used)
         publisher.target = target
 
-    def _adopt(self, publisher: _Publisher, worker: WorkerKey) -> EventStream:
+    def _adopt(self, publisher: HeardPublisher, worker: WorkerKey) -> EventStream:
         """Hear a rank from this publisher from now on. The last to appear counts: it is the worker's latest life."""
         for other in [key for key in publisher.streams if publisher.record is not None and key != worker]:
             self._drop(publisher, other)
@@ -278,7 +240,7 @@ class KvEventFeed:
         if publisher is not None and publisher.record is None:
             self._leave(publisher)
 
-    def _leave(self, publisher: _Publisher | None) -> None:
+    def _leave(self, publisher: HeardPublisher | None) -> None:
         """A publisher is gone, with all that was known of its ranks."""
         if publisher is None:
             return
@@ -289,7 +251,7 @@ class KvEventFeed:
             self._drop(publisher, worker)
         self._changed.set()
 
-    def _drop(self, publisher: _Publisher, worker: WorkerKey) -> None:
+    def _drop(self, publisher: HeardPublisher, worker: WorkerKey) -> None:
         """Hear a rank no more from this publisher, but from another that speaks for it, if there is one."""
         self._stop_asking(publisher.streams.pop(worker))
         if self._owners.get(worker) != publisher.id:
@@ -300,7 +262,7 @@ class KvEventFeed:
         if rival is not None:
             self._adopt(rival, worker)
 
-    def _rival(self, publisher: _Publisher, worker: WorkerKey) -> _Publisher | None:
+    def _rival(self, publisher: HeardPublisher, worker: WorkerKey) -> HeardPublisher | None:
         """Another publisher that says it is of the same rank: of a life before, or of the one after."""
         others = (other for other in self._publishers.values() if other is not publisher)
         return next((other for other in others if worker in other.streams), None)
@@ -340,7 +302,7 @@ class KvEventFeed:
             else:
                 self._hear_otherwise(publisher, stream, event)
 
-    def _hear_otherwise(self, publisher: _Publisher, stream: EventStream, event: RouterEvent) -> None:
+    def _hear_otherwise(self, publisher: HeardPublisher, stream: EventStream, event: RouterEvent) -> None:
         """An event came that is not the next one, or not at a time for it."""
         gaps = stream.gaps
         must_ask = stream.hear(event)
@@ -349,7 +311,7 @@ class KvEventFeed:
         if must_ask:
             self._recover(publisher, stream)
 
-    def _meet(self, publisher: _Publisher, worker: WorkerKey) -> EventStream | None:
+    def _meet(self, publisher: HeardPublisher, worker: WorkerKey) -> EventStream | None:
         """A publisher speaks for a rank for the first time. None if it is not its own."""
         record = publisher.record
         if record is not None:
@@ -377,7 +339,7 @@ class KvEventFeed:
             stream.reason,
         )
 
-    def _apply(self, publisher: _Publisher, worker: WorkerKey, event: RouterEvent) -> None:
+    def _apply(self, publisher: HeardPublisher, worker: WorkerKey, event: RouterEvent) -> None:
         if event.residency_domain != "worker":
             self._metrics.warn("unsupported_residency_domain")
             return
@@ -392,7 +354,7 @@ class KvEventFeed:
         if outcome is Outcome.UNKNOWN_PARENT:
             self._doubt(publisher, worker)
 
-    def _doubt(self, publisher: _Publisher, worker: WorkerKey) -> None:
+    def _doubt(self, publisher: HeardPublisher, worker: WorkerKey) -> None:
         """A worker stored blocks after one that we do not know it to hold: hear everything again, but not too often."""
         stream, now = publisher.streams.get(worker), self._loop.time()
         if stream is None or stream.state is not StreamState.SYNCED or now - publisher.resynced_at < RESYNC_S:
@@ -404,7 +366,7 @@ class KvEventFeed:
 
     # --- asking
 
-    def _recover(self, publisher: _Publisher, stream: EventStream) -> None:
+    def _recover(self, publisher: HeardPublisher, stream: EventStream) -> None:
         if stream not in self._asking and not stream.closed:
             self._spawn(stream, self._recover_until_known(publisher, stream))
 
@@ -419,7 +381,7 @@ class KvEventFeed:
 
         task.add_done_callback(done)
 
-    async def _recover_until_known(self, publisher: _Publisher, stream: EventStream) -> None:
+    async def _recover_until_known(self, publisher: HeardPublisher, stream: EventStream) -> None:
         delay = RETRY_S
         if stream.expected is None:
             await self._hearing(publisher)
@@ -442,7 +404,7 @@ class KvEventFeed:
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))
             delay = min(2 * delay, RETRY_MAX_S)
 
-    async def _hearing(self, publisher: _Publisher) -> None:
+    async def _hearing(self, publisher: HeardPublisher) -> None:
         """Wait a little until a publisher's events come here: what it says before that would be missing again."""
         deadline = self._loop.time() + HEARING_S
         while self._loop.time() < deadline:
@@ -451,7 +413,7 @@ class KvEventFeed:
                 return
             await asyncio.sleep(POLL_S)
 
-    async def _ask_and_apply(self, publisher: _Publisher, stream: EventStream) -> bool:
+    async def _ask_and_apply(self, publisher: HeardPublisher, stream: EventStream) -> bool:
         target = publisher.target
         assert target is not None
         async with self._limit:
@@ -468,7 +430,7 @@ class KvEventFeed:
         self._metrics.lifecycle(f"recovered_{kind}")
         return stream.end(kind, next_event_id)
 
-    async def _confirm(self, publisher: _Publisher, stream: EventStream) -> None:
+    async def _confirm(self, publisher: HeardPublisher, stream: EventStream) -> None:
         """A worker has fallen silent: was that all?"""
         assert publisher.target is not None
         try:
@@ -500,7 +462,7 @@ class KvEventFeed:
                 self._look_after(publisher, now)
             self.index.sweep(SWEPT_A_TICK)
 
-    def _look_after(self, publisher: _Publisher, now: float) -> None:
+    def _look_after(self, publisher: HeardPublisher, now: float) -> None:
         """Ask whom it is time to ask."""
         if publisher.refused:
             return
