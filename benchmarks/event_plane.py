@@ -6,6 +6,8 @@ three ways: ours with a plain listener, ours as an iterator, and `zmq.asyncio` r
 same envelope, which is what our sockets in callbacks replace.
 
     python benchmarks/event_plane.py --events 100000 --bytes 300
+    python benchmarks/event_plane.py --plane nats                            # KV events: kept by JetStream
+    DYN_NATS_JETSTREAM=false python benchmarks/event_plane.py --plane nats
 
 Last result (2 shared cores, Python 3.11, pyzmq 27.3, uvloop 0.23): see docs/explanation/event-plane.md.
 """
@@ -13,6 +15,7 @@ Last result (2 shared cores, Python 3.11, pyzmq 27.3, uvloop 0.23): see docs/exp
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -162,6 +165,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=100_000)
     parser.add_argument("--bytes", type=int, default=300, help="payload of an event; a few stored blocks")
     parser.add_argument("--rate", type=int, default=10_000, help="events a second; 0: as fast as it goes")
+    parser.add_argument("--plane", choices=["zmq", "nats"], default="zmq", help="nats: by NATS_SERVER, a running one")
     parser.add_argument("--publish", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--reader", choices=READERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -170,10 +174,11 @@ def main() -> None:
     elif options.reader:
         print(json.dumps(uvloop.run(measure(options.reader, options))), flush=True)
     else:
-        for reader in READERS:
+        for reader in READERS if options.plane == "zmq" else ("listener", "iterator"):
             with tempfile.TemporaryDirectory() as directory:
+                env = os.environ | {"DYN_FILE_KV": directory, "DYN_EVENT_PLANE": options.plane}
                 words = [__file__, *sys.argv[1:], "--reader", reader]
-                subprocess.run([sys.executable, *words], check=True, env={"DYN_FILE_KV": directory})
+                subprocess.run([sys.executable, *words], check=True, env=env)
 
 
 if __name__ == "__main__":

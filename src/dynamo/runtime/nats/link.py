@@ -32,7 +32,7 @@ CONNECT_S: Final = 3.0  # for one server, with TLS and authentication
 FIRST_PAUSE_S: Final = 0.05  # after the connection broke; doubles up to ...
 LONGEST_PAUSE_S: Final = 2.0  # ... this
 PING_S: Final = 2.0  # as on the request plane's own connections
-SILENCE_S: Final = 4  # a server that does not answer a ping for so long is given up
+SILENCE_S: Final = 6  # a server that does not answer a ping for so long is given up, as a worker is
 MAX_UNSENT_BYTES: Final = 64 << 20  # a server that leaves more unread is not reading
 CLOSE_S: Final = 1.0  # for the last words
 INBOX: Final = "dynamo.inbox."  # what comes for one process; a random token follows
@@ -258,6 +258,7 @@ class NatsLink:
         self._client = client
         self._lost.clear()
         self._queue.clear()
+        self._last_error = ""
         self.up = True
         self.up_since = self._loop.time()
         self._metrics.connected.set(1)
@@ -283,7 +284,8 @@ class NatsLink:
                     log.error("the connection to NATS failed", exc_info=result)
             await self._drop(client)
         self._metrics.errors.value += 1
-        log.warning("the connection to NATS broke (%s); connecting again", self._last_error or "no answer to a ping")
+        why = self._last_error or str(client.last_error or "") or "the server closed it"
+        log.warning("the connection to NATS broke (%s); connecting again", why)
 
     async def _until_lost(self) -> None:
         await self._lost.wait()  # no deadline: that is what a connection is for
@@ -315,7 +317,8 @@ class NatsLink:
             try:
                 async with asyncio.timeout(SILENCE_S):
                     await client.rtt(SILENCE_S)
-            except (Error, TimeoutError, OSError):
+            except (Error, TimeoutError, OSError) as e:
+                self._last_error = self._last_error or f"no answer to a ping: {e or type(e).__name__}"
                 return
 
     async def _drop(self, client: "NatsClient") -> None:
