@@ -1,6 +1,7 @@
 """Events by way of NATS: what is kept for who was away, what is missing, and what is no event."""
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,6 @@ async def test_nothing_of_a_durable_topic_is_lost_by_restarts_of_the_server(
 async def test_a_server_that_has_lost_its_streams_gets_them_again(
     server: NatsServer, drt: DistributedRuntime, tmp_path: Path
 ) -> None:
-    import shutil
-
     publisher = await create_publisher(drt, SCOPE, KEPT)
     one, subscriber = await ear(drt, KEPT)
     publisher.publish("before")
@@ -211,6 +210,36 @@ async def test_a_stream_that_an_operator_made_otherwise_is_left_as_it_is(drt: Di
     info = await js.stream_info("dynamo-ns-kv-events")
     assert (info.config.storage, info.state.messages) == (StorageType.MEMORY, 5)
     await publisher.close()
+
+
+async def test_few_permissions_are_enough_for_events_and_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    may = '{ publish: ["dynamo.>", "$JS.API.>", "$JS.FC.>"], subscribe: ["dynamo.>"] }'
+    users = f'authorization {{ users = [ {{ user: "u", password: "p", permissions: {may} }} ] }}'
+    monkeypatch.setenv("DYN_EVENT_PLANE", "nats")
+    monkeypatch.setenv("DYN_REQUEST_PLANE", "nats")
+    with nats_running(NatsServer(tmp_path, users)) as strict:
+        monkeypatch.setenv("NATS_SERVER", f"nats://u:p@127.0.0.1:{strict.port}")
+        drt = DistributedRuntime(discovery_backend="mem")
+        one, subscriber = await ear(drt, KEPT)
+        publisher = await create_publisher(drt, SCOPE, KEPT)
+        for i in range(3000):  # enough for the server to ask whether we keep up
+            publisher.publish(i)
+        await until(lambda: one.events == list(range(3000)))
+        await confirmed(publisher)
+
+        async def echo(request: int) -> AsyncIterator[int]:
+            yield request
+
+        await drt.endpoint(SCOPE).start_endpoint(echo)
+        client = await drt.endpoint(SCOPE).client()
+        await client.wait_for_instances(SOON_S)
+        assert [x async for x in await client.generate(7, annotated=False)] == [7]
+        await subscriber.close()
+        await publisher.close()
+        await drt.close()
+    assert "refused" not in caplog.text
 
 
 @pytest.mark.parametrize(("wanted", "fine"), [("auto", True), ("false", True), ("true", False)])

@@ -84,11 +84,9 @@ class _Ways:
         self._link: NatsLink | None = None
         self._exchange: Exchange | None = None
 
-    async def dial(self, host_port: str, pinger: _Pinger) -> None:
-        if not host_port.startswith(NATS):
-            await asyncio.get_running_loop().create_connection(lambda: pinger, *split_host_port(host_port))
-            return
-        if self._exchange is None:
+    async def prepare(self, host_port: str) -> None:
+        """Connect to NATS if this address needs it."""
+        if host_port.startswith(NATS) and self._exchange is None:
             from dynamo.runtime.nats.link import NatsLink
             from dynamo.runtime.nats.settings import NatsSettings
             from dynamo.runtime.nats.transport import Exchange
@@ -97,7 +95,14 @@ class _Ways:
             self._link = NatsLink(settings, "dynamo doctor", Metrics(0))
             await self._link.start()
             self._exchange = Exchange(self._link)
-        await self._exchange.dial(host_port.removeprefix(NATS), pinger)
+
+    async def dial(self, host_port: str, pinger: _Pinger) -> None:
+        """Connect to a worker. `prepare` comes first."""
+        if host_port.startswith(NATS):
+            assert self._exchange is not None
+            await self._exchange.dial(host_port.removeprefix(NATS), pinger)
+        else:
+            await asyncio.get_running_loop().create_connection(lambda: pinger, *split_host_port(host_port))
 
     async def close(self) -> None:
         if self._link is not None:
@@ -113,6 +118,8 @@ async def ping(host_port: str, ways: _Ways) -> float:
         TimeoutError: no answer within `ANSWER_S`.
         wire.ProtocolError: somebody else listens there.
     """
+    async with asyncio.timeout(ANSWER_S):
+        await ways.prepare(host_port)
     started = time.perf_counter()
     pinger = _Pinger()
     try:
