@@ -23,25 +23,18 @@ import json
 import os
 import random
 import re
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import uvloop
+from common.servers import START_S, Servers, free_port
 
 from dynamo.cli.demo_model import make_demo_model
-from dynamo.vllm import cpu
 
-START_S = 300.0  # two cores, a cold disk
-TICKS = os.sysconf("SC_CLK_TCK")
 ENGINE = ("VLLM::EngineCore", "VLLM::Worker")
 FLAGS = ["--max-model-len", "4096", "--max-num-seqs", "128", "--dtype", "float32"]
 
@@ -131,68 +124,6 @@ async def load(port: int, args: argparse.Namespace, first_seed: int) -> Round:
 # --- the servers
 
 
-class Servers:
-    """The processes of one side, their log in a file."""
-
-    def __init__(self, directory: Path, cores: set[int]) -> None:
-        self.cores = cores
-        self.log = directory / "servers.log"
-        self.processes: list[subprocess.Popen[bytes]] = []
-        weights = cpu.weights_bytes(directory / "model")
-        settings = cpu.environment(weights, len(cores), 1, os.environ)
-        self.environ = os.environ | {s.name: s.value for s in settings}
-        self.environ |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
-        self.environ |= {"DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": str(directory / "discovery")}
-
-    def start(self, *words: str) -> None:
-        own = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self.cores)  # children inherit it
-        try:
-            with self.log.open("ab") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", *words], stdout=log, stderr=log, env=self.environ, start_new_session=True
-                )
-        finally:
-            os.sched_setaffinity(0, own)
-        self.processes.append(process)
-
-    def cpu_s(self) -> dict[str, float]:
-        """CPU seconds so far, by process name."""
-        found: dict[str, float] = {}
-        for process in self.processes:
-            for pid in [process.pid, *descendants(process.pid)]:
-                with contextlib.suppress(OSError):
-                    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                    found[title(pid)] = found.get(title(pid), 0.0) + (int(fields[11]) + int(fields[12])) / TICKS
-        return found
-
-    def stop(self) -> None:
-        for process in reversed(self.processes):
-            process.send_signal(signal.SIGTERM)
-        for process in self.processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-
-
-def descendants(pid: int) -> Iterator[int]:
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                yield int(child)
-                yield from descendants(int(child))
-
-
-def title(pid: int) -> str:
-    """`VLLM::EngineCore`, or the module of a Python process."""
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    if words[0].startswith("VLLM::"):
-        return words[0]
-    return words[words.index("-m") + 1] if "-m" in words else "other"
-
-
 def start_ours(servers: Servers, model: Path, port: int, flags: list[str]) -> None:
     servers.start("dynamo.frontend", "--http-port", str(port))
     servers.start("dynamo.vllm", "--model", str(model), "--served-model-name", "tiny", *flags)
@@ -209,7 +140,7 @@ SIDES = {"ours": start_ours, "vllm": start_vllm}
 async def until_serving(servers: Servers, port: int) -> None:
     """Until a request is answered. Raises RuntimeError with the end of the log."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and all(process.poll() is None for process in servers.processes):
+    while time.monotonic() < deadline and servers.alive():
         await asyncio.sleep(0.5)
         with contextlib.suppress(OSError, RuntimeError):
             _, connection = await asyncio.get_running_loop().create_connection(Connection, "127.0.0.1", port)
@@ -218,17 +149,15 @@ async def until_serving(servers: Servers, port: int) -> None:
             connection.transport.close()
             return
         # A frontend that has no worker yet answers with an error, which is not chunked: the time limit ends that wait.
-    raise RuntimeError(f"not serving:\n{servers.log.read_text(errors='replace')[-4000:]}")
+    raise RuntimeError(f"not serving:\n{servers.logs()}")
 
 
 async def measure(side: str, model: Path, args: argparse.Namespace, seed: int) -> Round:
     """One round of one side, from a cold start."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "model").symlink_to(model)
-        servers = Servers(Path(directory), args.served_by)
+        servers = Servers(Path(directory), cores=args.served_by)
         try:
             SIDES[side](servers, model, port, [*FLAGS, *args.flags])
             await until_serving(servers, port)
