@@ -8,7 +8,7 @@ from dynamo.runtime import Context, DistributedRuntime
 from dynamo.runtime.context import TIMEOUT_HEADER
 from dynamo.runtime.errors import DeadlineExceeded
 from dynamo.runtime.routes import ServerStream
-from tests.runtime.plane_helpers import ENDPOINT, Held, Sink, connect, push
+from tests.runtime.plane_helpers import ENDPOINT, Held, Sink, connect, push, until
 
 
 def timed(seconds: float) -> Context:
@@ -68,9 +68,7 @@ async def test_a_caller_does_not_wait_longer_for_a_worker_that_is_silent(
     with pytest.raises(DeadlineExceeded):
         await anext(answers)
     await held.wait(1)
-    async with asyncio.timeout(5):
-        while held.stopped != ["kill"]:
-            await asyncio.sleep(0.005)
+    await until(lambda: held.stopped == ["kill"])
 
 
 async def test_a_request_without_time_is_not_sent(runtime: DistributedRuntime) -> None:
