@@ -201,6 +201,22 @@ async def test_a_restart_of_the_server_is_a_pause_and_no_item_is_missing(
         assert [sink.items for sink in sinks] == [list(range(300))] * 20 + [list(range(100))] * 3
 
 
+async def test_a_request_to_a_worker_that_was_never_connected_waits_out_a_short_outage(
+    server: NatsServer, worker: DistributedRuntime
+) -> None:
+    await worker.endpoint(ENDPOINT).start_endpoint(count)
+    async with caller() as other:
+        client = await connect(other)
+        link = await other.nats()
+        server.kill()
+        await until(lambda: not link.up)
+        sink = push(client, {"n": 5})
+        await asyncio.sleep(0.3)
+        assert not sink.done.is_set()
+        server.start()
+        assert (await sink.finished()).items == [0, 1, 2, 3, 4]
+
+
 async def test_a_process_that_is_cut_off_for_a_moment_loses_nothing(
     server: NatsServer, worker: DistributedRuntime
 ) -> None:

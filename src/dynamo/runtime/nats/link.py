@@ -67,6 +67,8 @@ class Interest:
 
     subject: str
     handler: Handler
+    client: "NatsClient | None" = None
+    """The connection that hears it."""
     subscription: "Subscription | None" = None
 
 
@@ -221,9 +223,10 @@ class NatsLink:
                     closed_cb=closed,
                     **self._settings.ways_in(),
                 )
-                for interest in tuple(self._interests):
-                    await self._subscribe(client, interest)
-                await client.flush()
+                while new := [interest for interest in self._interests if interest.client is not client]:
+                    for interest in new:
+                        await self._subscribe(client, interest)
+                    await client.flush()
         except SecureConnWantedError:
             client.abort()
             raise CannotConnect(
@@ -382,10 +385,15 @@ class NatsLink:
 
     async def subscribe(self, subject: str, handler: Handler) -> Interest:
         """Hear a subject, from the time this returns; also after the connection was made anew."""
+        from nats.errors import Error
+
         interest = Interest(subject, handler)
         self._interests.add(interest)
         if self._client is not None:
-            await self._subscribe(self._client, interest)
+            try:
+                await self._subscribe(self._client, interest)
+            except Error as e:
+                log.debug("subscribing to %s: %s; it comes with the next connection", subject, e)
         return interest
 
     async def _subscribe(self, client: "NatsClient", interest: Interest) -> None:
@@ -393,6 +401,7 @@ class NatsLink:
             if interest in self._interests:
                 self._handle(interest.handler, message)
 
+        interest.client = client
         interest.subscription = await client.subscribe(interest.subject, cb=hear)
 
     async def unsubscribe(self, interest: Interest) -> None:

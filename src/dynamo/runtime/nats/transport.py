@@ -143,7 +143,10 @@ class NatsTransport(asyncio.Transport):
 
     def resume(self) -> None:
         """The link is up again: find out what was lost."""
-        self._say(AGAIN)
+        if self.opened.done():
+            self._say(AGAIN)
+        else:
+            self._send_again()  # the other side does not know of this connection yet
 
     # --- receiving
 
@@ -211,7 +214,13 @@ class NatsTransport(asyncio.Transport):
             error = ConnectionRefusedError if not self.opened.done() else ConnectionResetError
             self._lose(error("no process listens there any more"))
         else:
-            self._later("probe", PROBE_S, self._say, ACK)
+            self._later("probe", PROBE_S, self._probe)
+
+    def _probe(self) -> None:
+        if self.opened.done():
+            self._say(ACK)
+        else:
+            self._send_again()
 
     # --- the end
 
