@@ -261,7 +261,7 @@ class BlockIndex(Generic[H]):
             slot.names = self._own_names(slot)
         tree, fresh = self._tree, 0
         if above is None and not tree.run_from(seqs[0]).mask:  # a prompt that nobody has the beginning of
-            tree.attach(tree.root, None, seqs, local_hashes, slot.bit)
+            tree.attach(tree.root, None, seqs, local_hashes, slot.bit, slot.names is None)
         else:
             fresh = self._reach(slot, above, seqs, local_hashes)
         added = count - fresh
@@ -299,7 +299,7 @@ class BlockIndex(Generic[H]):
         comes_first = above is None or parent.seqs[-1] == above
         run = tree.run_from(seqs[0]) if comes_first else tree.run_of(seqs[0])
         if not run.mask:  # nobody has any of them
-            tree.attach(parent, above, seqs, local_hashes, bit)
+            tree.attach(parent, above, seqs, local_hashes, bit, slot.names is None)
             return 0
         done, fresh, count = 0, len(seqs), len(seqs)
         while run.mask:
@@ -315,7 +315,7 @@ class BlockIndex(Generic[H]):
             if done == count:
                 return fresh
             run = tree.run_of(seqs[done])
-        tree.attach(parent, seqs[done - 1], seqs[done:], local_hashes[done:], bit)
+        tree.attach(parent, seqs[done - 1], seqs[done:], local_hashes[done:], bit, slot.names is None)
         return min(fresh, done)
 
     def _reach_back(self, slot: Slot[H], run: Run, seq: int) -> Run:

@@ -128,8 +128,13 @@ class RunTree:
                 last = run.seqs[-1]
                 self.ids[last & LAST_BITS][last] = run.id
 
-    def attach(self, parent: Run, last: int | None, seqs: list[int], local_hashes: list[int], bit: int) -> None:
-        """Add blocks that nobody has, after the block `last` of `parent`, for one holder."""
+    def attach(
+        self, parent: Run, last: int | None, seqs: list[int], local_hashes: list[int], bit: int, hides: bool = True
+    ) -> None:
+        """Add blocks that nobody has, after the block `last` of `parent`, for one holder.
+
+        `hides`: not where the caller keeps `seqs`, as the dictionaries then need no numbers of their own.
+        """
         if last is not None and parent.seqs[-1] != last:
             parent = self.split(parent, parent.find(last) + 1)[0]
         packed = array("Q", seqs)
@@ -143,7 +148,7 @@ class RunTree:
             run, before = self._add(packed, array("Q", local_hashes) if self.keep_contents else None, bit), 0
             parent.adopt(run)
         self._reached += len(seqs)
-        if len(seqs) < HIDDEN_FROM or before > run.hidden + 2:
+        if not hides or len(seqs) < HIDDEN_FROM or before > run.hidden + 2:
             self._enter(seqs, packed, run)
         else:
             self._enter_ends(run, before)

@@ -29,6 +29,8 @@ OVER = 1.5  # above all that a worker has room for
 FAIR = 1.35  # times the mean; at 1.25 it moves prompts where all are full, at 1.5 outputs slow down by a quarter
 CROWD = 2.0  # 0.5 leaves a prefix of all at three of eight workers, 4 does no better
 
+FEW_WORKERS = 32  # up to so many it is cheaper to ask first whether anybody reads too much
+
 
 class MarginalCost(PredictedLatency):
     """Tokens to wait for, and tokens that others will wait for."""
@@ -53,11 +55,17 @@ class MarginalCost(PredictedLatency):
         new_tokens: Iterable[float] = repeat(NEW * view.request.token_count)
         if view.held:
             new_tokens = view.new_token_column(NEW)
-        columns = zip(backlog.behind, backlog.ahead, new_tokens, strict=False)  # nothing held has no end
-        costs = [(behind if behind > (left := ahead - passed) else left) + new for behind, ahead, new in columns]
-        if max(context) > fair:
+        columns = zip(backlog.behind, backlog.ahead, new_tokens, context, strict=False)  # nothing held has no end
+        if len(context) > FEW_WORKERS or max(context) > fair:
             crowd = CROWD * size
-            costs = [cost + crowd * (c - fair) if c > fair else cost for cost, c in zip(costs, context, strict=True)]
+            costs = [
+                (behind if behind > (left := ahead - passed) else left)
+                + new
+                + (crowd * (c - fair) if c > fair else 0.0)
+                for behind, ahead, new, c in columns
+            ]
+        else:
+            costs = [(behind if behind > (left := ahead - passed) else left) + new for behind, ahead, new, _ in columns]
         if max(fleet.decode_blocks) + view.blocks > self._least_room:
             self._add_overflow(view, costs)
         if self._paces is not None or fleet.version != self._version:
