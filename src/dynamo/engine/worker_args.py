@@ -26,8 +26,8 @@ Role = Literal["agg", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("agg", "prefill", "decode")
 
 _NATS_TLS = {
-    "NATS_TLS_CA_CERT_PATH": "certificates of the server's authority",
-    "NATS_TLS_CERT_PATH": "certificate of this process",
+    "NATS_TLS_CA_CERT_PATH": "certificates of its authority",
+    "NATS_TLS_CERT_PATH": "certificate for it",
     "NATS_TLS_KEY_PATH": "key of that certificate",
 }
 
@@ -96,7 +96,7 @@ def add_worker_options(parser: OptionParser) -> None:
     parser.option(place, "--response-plane", env="DYN_RESPONSE_PLANE", metavar="NAME", help="how responses travel")
     parser.option(place, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel: zmq, nats")
     for variable, what in _NATS_TLS.items():
-        parser.option(place, _flag(variable), env=variable, metavar="FILE", help=f"PEM {what} for TLS with NATS")
+        parser.option(place, _flag(variable), env=variable, metavar="FILE", help=f"TLS with NATS: PEM {what}")
 
     serving = parser.add_argument_group("serving")
     parser.option(

@@ -493,7 +493,8 @@ class EngineStream:
         """Prompt tokens the worker had cached, if it told; one that went on may have had the answer so far as well."""
         for choice in self._choices:
             if (count := choice.decoder.cached_tokens) is not None:
-                return count if count <= self.prompt_tokens else self.prompt_tokens
+                moved = self._migration is not None and self._migration.moves
+                return min(count, self.prompt_tokens) if moved else count
         return None
 
     def _note_worker(self) -> None:
