@@ -134,7 +134,7 @@ class EngineStream:
         if split is None:
             self._prefill(remote)
         else:
-            split.decode.turn.ask(partial(self._in_turn, self._decide, split, remote))
+            split.decode.turn.ask(partial(self._try, self._decide, split, remote))
 
     def _decide(self, split: ModelSplit, remote: RemotePrefill) -> None:
         """Send the prompt to who is to compute it. What the next one sees has this one booked."""
@@ -187,7 +187,7 @@ class EngineStream:
         self._request.prefill_result = {"disaggregated_params": remote.take_handle(), "token_ids": tokens}
         routing = self._request.routing = self._request.routing or Routing()
         routing.prefill_worker_id, routing.prefill_dp_rank = remote.instance_id, remote.dp_rank
-        self._dispatch_again()
+        self._try(self._dispatch)
 
     def _not_prefilled(self, error: DynamoException) -> None:
         """Then the decode worker computes the prompt, too: the client sees latency only."""
@@ -198,7 +198,7 @@ class EngineStream:
         self._answer.metrics.prefills.labels(outcome).value += 1
         level = logging.INFO if shed else logging.WARNING
         log.log(level, "request %s is computed by a decode worker alone: %s", self.context.id(), error)
-        self._dispatch_again()
+        self._try(self._dispatch)
 
     def _dispatch(self) -> None:
         """Choose a worker and send the prompt, now, or soon where a router says where. Raises what says that it cannot
@@ -210,10 +210,10 @@ class EngineStream:
             near = self.remote.near if self.remote is not None and self._request.prefill_result is not None else None
             self._send(self._workers.choose(self._request, near))
         else:
-            router.turn.ask(partial(self._in_turn, self._ask, router))
+            router.turn.ask(partial(self._try, self._ask, router))
 
-    def _in_turn(self, step: Callable[..., None], *what: object) -> None:
-        """Do what was left for a router's turn. The client hears of whatever goes wrong: nobody else waits for it."""
+    def _try(self, step: Callable[..., None], *what: object) -> None:
+        """Do a step that sends the request on. The client hears of whatever goes wrong: nobody else waits for it."""
         if self.ended or self._answer.closed:
             return
         try:
@@ -226,7 +226,7 @@ class EngineStream:
 
     def _ask(self, router: ModelRouter) -> None:
         """Ask for a worker, together with the others of this turn."""
-        router.turn.then(partial(self._in_turn, self._place, router, self._make_route(router)))
+        router.turn.then(partial(self._try, self._place, router, self._make_route(router)))
 
     def _make_route(self, router: ModelRouter) -> Route:
         """The prompt's way, which hashes it; that of before where its worker could not be reached."""
@@ -244,7 +244,7 @@ class EngineStream:
     def _place(self, router: ModelRouter, route: Route) -> None:
         decision = route.place()  # which may refuse it: then it may have another route by now
         if decision is not None:
-            router.turn.then(partial(self._in_turn, self._go, decision))
+            router.turn.then(partial(self._try, self._go, decision))
         elif self.remote is not None and self._request.prefill_result is not None:
             self.remote.keep(self._request.prefill_result["disaggregated_params"])
 
@@ -266,7 +266,7 @@ class EngineStream:
         if not self.remote.leave_place(result["disaggregated_params"]):
             return False
         self.route = self._wanted = None  # which were for that place
-        self._dispatch_again()
+        self._try(self._dispatch)
         return True
 
     def _go(self, decision: Decision) -> None:
@@ -402,7 +402,7 @@ class EngineStream:
             return
         if isinstance(error, CannotConnect) and self._attempts < MAX_ATTEMPTS:
             # Not now: the request plane first takes the worker out of rotation.
-            asyncio.get_running_loop().call_soon(self._dispatch_again)
+            asyncio.get_running_loop().call_soon(self._try, self._dispatch)
         elif not self.move(error):
             self._refuse(error)
 
@@ -421,7 +421,7 @@ class EngineStream:
             self._workers.avoid(self.instance_id)
         self._leave_worker()
         self._request = migration.request()
-        asyncio.get_running_loop().call_soon(self._go_on)
+        asyncio.get_running_loop().call_soon(self._try, self.dispatch)
         return True
 
     def _leave_worker(self) -> None:
@@ -433,33 +433,17 @@ class EngineStream:
             self._give_up_handle()
         if self.route is not None:
             self.route.cancel()
-        self.remote = self.route = self._wanted = self._blocks = None
+        self.remote = self.route = self._wanted = self._blocks = self.instance_id = None
         self._attempts, self._computing = 0, True
         self._answer.active_at = perf_counter()
-
-    def _go_on(self) -> None:
-        if self.ended or self._answer.closed:
-            return
-        try:
-            self.dispatch()
-        except DynamoException as e:
-            self._refuse(e)
 
     def _waits_for_worker(self, error: DynamoException) -> bool:
         """Where all workers are gone, others may come: a moment's wait costs less than the answer."""
         if not isinstance(error, WorkerUnavailable) or self._migration is None or not self._migration.may_wait:
             return False
         self._leave_worker()
-        asyncio.get_running_loop().call_later(RETRY_S, self._go_on)
+        asyncio.get_running_loop().call_later(RETRY_S, self._try, self.dispatch)
         return True
-
-    def _dispatch_again(self) -> None:
-        if self.ended or self._answer.closed:
-            return
-        try:
-            self._dispatch()
-        except DynamoException as e:
-            self._refuse(e)
 
     def _give_up_handle(self) -> None:
         """Nobody fetches what a prefill worker keeps. If somebody has begun to, that is theirs to end."""

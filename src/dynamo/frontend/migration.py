@@ -7,15 +7,12 @@ have been: one choice, no grammar (its state is at the worker that is gone), no 
 
 from collections import Counter
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import msgspec
 
+from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, SamplingOptions, StopConditions
 from dynamo.runtime.errors import CannotConnect, DynamoException, StreamIncomplete, WorkerOverloaded, WorkerUnavailable
-
-if TYPE_CHECKING:
-    from dynamo.frontend.metrics import FrontendMetrics
 
 WAIT_S = 10.0  # for any worker to be there again: a worker that restarts without its weights loaded takes longer
 RETRY_S = 0.1
@@ -47,7 +44,7 @@ class Migration:
         "tokens",
     )
 
-    def __init__(self, rules: MigrationRules, request: PreprocessedRequest, metrics: "FrontendMetrics", model: str):
+    def __init__(self, rules: MigrationRules, request: PreprocessedRequest, metrics: FrontendMetrics, model: str):
         self._rules = rules
         self._original = request
         self._routing = None if request.routing is None else msgspec.structs.replace(request.routing)

@@ -223,7 +223,7 @@ class OpenAIRoutes:
             choices = one.request.sampling_options.n or 1
             decoders = [one.decoder_for(i) for i in range(choices)]
             moves = None
-            if self._migration.limit and may_ever_move(self._migration, one.request):
+            if may_ever_move(self._migration, one.request):
                 moves = Migration(self._migration, one.request, self._metrics, answer.plan.model)
             stream = EngineStream(answer, workers, one.request, decoders, one.first_index, own, moves)
             answer.streams.append(stream)
