@@ -30,7 +30,7 @@ import zmq.asyncio
 
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.events import Event, Listeners, create_publisher, create_subscriber
-from dynamo.runtime.zmq_channel import Channel
+from dynamo.runtime.zmq_channel import endpoint_in
 
 SCOPE = "bench.worker.generate"
 TOPIC = "kv-events"
@@ -120,7 +120,7 @@ async def zmq_asyncio(runtime: DistributedRuntime, tally: Tally) -> None:
     socket = zmq.asyncio.Context().socket(zmq.SUB)
     socket.set(zmq.RCVHWM, 10_000)
     socket.subscribe(TOPIC.encode())
-    socket.connect(msgspec.json.decode(value, type=Channel).endpoint(int(key.rpartition("/")[2], 16)))
+    socket.connect(endpoint_in(value, int(key.rpartition("/")[2], 16)))
     decoder = msgspec.msgpack.Decoder(Event)
 
     async def read() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import CannotConnect
+from dynamo.runtime.event_channel import HEAD
 from dynamo.runtime.events import (
     Event,
     EventPublisher,
@@ -24,7 +25,6 @@ from dynamo.runtime.events import (
     create_subscriber,
 )
 from dynamo.runtime.nats.channel import PART, Assembler, in_parts, pattern_of, subject_of
-from dynamo.runtime.zmq_channel import HEAD
 from tests.runtime.nats_server import NatsServer, nats_running
 from tests.runtime.plane_helpers import SOON_S, until
 from tests.runtime.test_events import counted, heard, take

@@ -1,9 +1,9 @@
 """What do the two ends of an event channel on NATS agree on?
 
 Subjects: `dynamo.events.{namespace}.{component}.{endpoint}.{topic}.{publisher:x}`, with `%` for what a scope does not
-have, so that one pattern hears a scope and all in it. A message is the frame of the ZeroMQ channel (facts row E3), or
-where the server takes no message of that size `0x02`, u16be index, u16be count, and a part of it. A publisher's
-record in discovery has the transport `{"kind": "Nats", "config": {"subject": ...}}`.
+have, so that one pattern hears a scope and all in it. A message is the frame of any channel
+(`dynamo.runtime.event_channel`), or where the server takes no message of that size `0x02`, u16be index, u16be count,
+and a part of it. A publisher's record in discovery has the transport `{"kind": "Nats", "config": {"subject": ...}}`.
 """
 
 import struct
@@ -12,8 +12,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from dynamo.runtime.events import Event, EventScope
-from dynamo.runtime.zmq_channel import FRAME_VERSION, HEAD, MAX_EVENT_BYTES, Channel
+from dynamo.runtime.event_channel import MAX_EVENT_BYTES, Channel
+from dynamo.runtime.events import EventScope
 
 PREFIX: Final = "dynamo.events"
 ABSENT: Final = "%"  # no name is encoded as this
@@ -50,8 +50,8 @@ def publisher_in(subject: str) -> int | None:
 
 def channel_record(scope: EventScope, topic: str, publisher_id: int) -> bytes:
     """The record of a publisher in discovery."""
-    transport = {"kind": "Nats", "config": {"subject": subject_of(scope, topic, publisher_id)}}
-    return msgspec.json.encode(Channel("EventChannel", scope.record(), topic, publisher_id, transport))
+    config = {"subject": subject_of(scope, topic, publisher_id)}
+    return msgspec.json.encode(Channel.of(scope, topic, publisher_id, "Nats", config))
 
 
 def check_record(value: bytes, publisher_id: int) -> None:
@@ -59,8 +59,7 @@ def check_record(value: bytes, publisher_id: int) -> None:
     record = msgspec.json.decode(value, type=Channel)
     if record.transport.get("kind") != "Nats":
         raise ValueError(f"its transport {record.transport} is not NATS")
-    if record.instance_id != publisher_id:
-        raise ValueError(f"its instance_id {record.instance_id:x} does not fit its key")
+    record.check_id(publisher_id)
 
 
 def in_parts(frame: bytes, limit: int) -> list[bytes]:
@@ -96,14 +95,3 @@ class Assembler:
         whole = b"".join(self._parts)
         self._parts.clear()
         return whole
-
-
-def read_frame(frame: bytes, decode: "msgspec.msgpack.Decoder[Event]") -> Event:
-    """The event in a frame. Raises ValueError, struct.error, DecodeError."""
-    version, length = HEAD.unpack_from(frame)
-    if version != FRAME_VERSION or length != len(frame) - HEAD.size:
-        raise ValueError(f"version {version}, or a length of {length} that is not its own")
-    event = decode.decode(memoryview(frame)[HEAD.size :])
-    if event.sequence < 0:
-        raise ValueError(f"its number is {event.sequence}")
-    return event

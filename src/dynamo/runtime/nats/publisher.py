@@ -7,23 +7,19 @@ what it has already. What leaves no room takes the oldest with it, which subscri
 
 import asyncio
 import logging
-import threading
-import time
 from collections import deque
 from typing import Final, NamedTuple, Self
 
-import msgspec
-
-from dynamo import prometheus_names as names
 from dynamo.runtime.discovery import Discovery
-from dynamo.runtime.errors import CannotConnect, InvalidArgument
-from dynamo.runtime.events import Event, EventScope, new_publisher_id
+from dynamo.runtime.errors import CannotConnect
+from dynamo.runtime.event_channel import queue_length
+from dynamo.runtime.event_writer import EventWriter, publisher_id_of
+from dynamo.runtime.events import EventScope
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.nats.channel import channel_record, in_parts, subject_of
 from dynamo.runtime.nats.durable import ensure, is_kept, stream_for
 from dynamo.runtime.nats.link import Message, NatsLink, status_of
-from dynamo.runtime.zmq_channel import FRAME_VERSION, HEAD, MAX_EVENT_BYTES, queue_length
 
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
@@ -40,24 +36,18 @@ class _Kept(NamedTuple):
     data: bytes
 
 
-class NatsPublisher:
+class NatsPublisher(EventWriter):
     """See `EventPublisher`."""
 
     def __init__(
         self, link: NatsLink, metrics: Metrics, scope: EventScope, topic: str, publisher_id: int, durable: bool
     ) -> None:
-        self.publisher_id = publisher_id
-        self.topic = topic
-        self.sequence = 0
-        """The next event's number."""
+        super().__init__(metrics, scope, topic, publisher_id)
         self._link = link
         self._stream = stream_for(scope, topic) if durable else None
         self._subject = subject_of(scope, topic, publisher_id)
-        self._key = scope.channel_key(topic, publisher_id)
         self._answers = f"p{publisher_id:x}-{topic}"
-        self._thread = threading.get_ident()
         self._loop = asyncio.get_running_loop()
-        self._encoder = msgspec.msgpack.Encoder()
         self._most = queue_length()
         self._kept: deque[_Kept] = deque()
         self._kept_bytes = 0
@@ -69,16 +59,6 @@ class NatsPublisher:
         self._looking: asyncio.TimerHandle | None = None
         self._oldest_seen: _Kept | None = None
         self._discovery: Discovery | None = None
-        labels = [names.labels.NAMESPACE, names.event_plane.TOPIC_LABEL]
-        series = (scope.namespace, topic)
-        self._published = metrics.counter(
-            names.event_plane.PUBLISHED_TOTAL, "Events that were published", labels
-        ).labels(*series)
-        self._overflows = metrics.counter(
-            names.event_plane.OVERFLOWS_TOTAL,
-            "Times the queue of a subscriber was full; how many events it missed is counted where it runs",
-            labels,
-        ).labels(*series)
 
     @classmethod
     async def create(
@@ -91,10 +71,7 @@ class NatsPublisher:
         publisher_id: int | None,
     ) -> Self:
         """Enter discovery; see `dynamo.runtime.events.create_publisher`."""
-        if publisher_id is None:
-            publisher_id = new_publisher_id()
-        if not 0 <= publisher_id < 1 << 64:
-            raise ValueError(f"publisher_id {publisher_id} must be from 0 to 2**64 - 1")
+        publisher_id = publisher_id_of(publisher_id)
         publisher = cls(link, metrics, scope, topic, publisher_id, await is_kept(link, scope, topic))
         await discovery.put(publisher._key, channel_record(scope, topic, publisher_id))
         publisher._discovery = discovery
@@ -106,39 +83,15 @@ class NatsPublisher:
 
     def publish(self, payload: object) -> int:
         """See `EventPublisher.publish`."""
-        if self._closed:
-            raise RuntimeError(f"the publisher of {self.topic!r} is closed")
-        if threading.get_ident() != self._thread:
-            raise RuntimeError(
-                f"publish {self.topic!r} on the loop's thread: use loop.call_soon_threadsafe(publish, ...)"
-            )
-        sequence = self.sequence
-        frame = self._frame(payload, sequence)
+        frame = bytes(self._next_frame(payload, closed=self._closed))
         for part, data in enumerate(in_parts(frame, self._link.max_payload - HEADERS_BYTES)):
-            one = _Kept(sequence, part, data)
+            one = _Kept(self.sequence, part, data)
             sent = not self._behind and self._send(one)
             if not sent:
                 self._behind = True
             if not sent or self._stream is not None:
                 self._keep(one)
-        self.sequence = sequence + 1
-        self._published.value += 1
-        return sequence
-
-    def _frame(self, payload: object, sequence: int) -> bytes:
-        buffer = bytearray(HEAD.size)
-        try:
-            event = Event(
-                self.publisher_id, sequence, time.time_ns() // 1_000_000, self.topic, self._encoder.encode(payload)
-            )
-        except (TypeError, ValueError, OverflowError) as e:
-            raise InvalidArgument(f"an event of {self.topic!r} cannot be encoded: {e}") from e
-        self._encoder.encode_into(event, buffer, HEAD.size)
-        length = len(buffer) - HEAD.size
-        if length > MAX_EVENT_BYTES:
-            raise InvalidArgument(f"an event of {self.topic!r} has {length} bytes; the limit is {MAX_EVENT_BYTES}")
-        HEAD.pack_into(buffer, 0, FRAME_VERSION, length)
-        return bytes(buffer)
+        return self._has_left()
 
     def _send(self, one: _Kept) -> bool:
         if self._stream is None:
