@@ -141,6 +141,8 @@ class BlockIndex(Generic[H]):
             done += length
             if done == count or length < len(run.seqs):  # children follow a whole run, so nothing else does
                 levels.append(level((done, mask)))
+                if length < len(run.seqs):
+                    self._tree.note_end(run, sequence[done - 1])
                 return levels
             seq = sequence[done]
             run = runs[ids[seq & LAST_BITS].get(seq, 0)]
@@ -296,8 +298,9 @@ class BlockIndex(Generic[H]):
         parent = tree.root if above is None else tree.run_of(above)
         if above is not None and not parent.mask & bit:
             parent = self._reach_back(slot, parent, above)
-        comes_first = above is None or parent.seqs[-1] == above
-        run = tree.run_from(seqs[0]) if comes_first else tree.run_of(seqs[0])
+        run = tree.run_from(seqs[0])
+        if not run.mask and above is not None and parent.continues(above, seqs[0]):
+            run = parent
         if not run.mask:  # nobody has any of them
             tree.attach(parent, above, seqs, local_hashes, bit, slot.names is None)
             return 0
@@ -314,7 +317,7 @@ class BlockIndex(Generic[H]):
             done += length
             if done == count:
                 return fresh
-            run = tree.run_of(seqs[done])
+            run = tree.run_from(seqs[done])
         tree.attach(parent, seqs[done - 1], seqs[done:], local_hashes[done:], bit, slot.names is None)
         return min(fresh, done)
 

@@ -10,7 +10,8 @@ once in some million blocks: with two million in one piece, nothing else would h
 
 Of a long run the inner blocks are *hidden* at first: they are in no dictionary. Who follows a prompt comes in by a
 run's first block, and who adds to a run, or evicts it, by its last. Many a prompt is stored and evicted again without
-anybody asking for a block between; for the first who does, all that is hidden is entered.
+anybody asking for a block between. Where a lookup ends within a run is noted, as what is stored next may follow there;
+for the first who asks for another hidden block, all that is hidden is entered.
 """
 
 import sys
@@ -25,6 +26,7 @@ LAST_BITS = SHARDS - 1
 LAST_BITS_OF_BYTE = bytes(byte & LAST_BITS for byte in range(256))
 FEW = 8  # blocks that are entered one by one sooner than together
 HIDDEN_FROM = 16  # blocks of a run; to hide fewer saves nothing
+ENDS_NOTED = 4096  # as many lookups may wait for what is stored next; then all are forgotten
 LOW_BYTE = 0 if sys.byteorder == "little" else 7  # of a hash in an array
 
 
@@ -56,6 +58,10 @@ class Run:
         """The position of a block in the run. Raises ValueError."""
         return 0 if self.seqs[0] == seq else self.seqs.index(seq)
 
+    def continues(self, seq: int, after: int) -> bool:
+        """Whether a block of this run, `seq`, is followed in it by the block `after`."""
+        return self.seqs[-1] != seq and self.seqs[self.find(seq) + 1] == after
+
     def shared_end(self, seqs: list[int], done: int) -> int:
         """How many blocks, from the run's last one backwards, are those of `seqs` from `done` on."""
         backwards = self.seqs[: -1 - min(len(self.seqs), len(seqs) - done) : -1].tolist()
@@ -86,6 +92,8 @@ class RunTree:
         self._free_ids: list[int] = []
         self.hiding: set[Run] = set()
         """Runs with hidden blocks."""
+        self._ends: dict[int, int] = {}
+        """Hidden blocks that a lookup ended at -> the id that their run had then."""
         self.left: list[Run] = []
         """Runs that nobody reaches, whose blocks are still in `ids`: see `sweep`."""
         self._reached = 0
@@ -98,9 +106,19 @@ class RunTree:
         """The run of a block; the root, or a run with an empty set, if nobody reaches it."""
         run = self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
         if not run.mask and self.hiding:  # it may be hidden, or be so in another run than in one that was left
+            noted = self.runs[self._ends.get(seq, 0)]
+            if noted.hidden and seq in noted.seqs:
+                return noted
             self.show_all()
             run = self.runs[self.ids[seq & LAST_BITS].get(seq, 0)]
         return run
+
+    def note_end(self, run: Run, seq: int) -> None:
+        """A lookup ended at this block of a run: find it without showing all, if anybody asks for it."""
+        if run.hidden:
+            if len(self._ends) >= ENDS_NOTED:
+                self._ends.clear()
+            self._ends[seq] = run.id
 
     def run_from(self, seq: int) -> Run:
         """As `run_of`, for a block that is the first of its run if it is in any: of a prompt, or after a run's last."""
