@@ -40,10 +40,18 @@ def test_files_for_tls_with_nats_are_known_by_their_variables(monkeypatch):
     }
 
 
+def test_flags_of_tls_between_processes_become_the_runtimes_variables():
+    found = options("--tcp-tls-cert-path", "/me.pem", "--tcp-tls-key-path", "/me.key", "--tcp-tls-insecure").tcp_tls
+    assert found == {
+        "DYN_TCP_TLS_CERT_PATH": "/me.pem",
+        "DYN_TCP_TLS_KEY_PATH": "/me.key",
+        "DYN_TCP_TLS_INSECURE": "True",
+    }
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--tcp-tls-cert-path", "x"], "--tcp-tls-cert-path: TLS between processes is not in this version"),
         (["--fpm-trace"], "--fpm-trace: the forward pass trace is not in this version"),
         (["--dyn-tool-call-parser", "hermes"], "parsing tool calls is not in this version"),
         (["--engine-request-limit", "0"], "from 1"),

@@ -264,5 +264,30 @@ async def test_tls_and_client_certificates(start: Start, certificates: Path) -> 
 
 
 @needs_openssl
+async def test_a_renewed_certificate_is_shown_without_a_restart(start: Start, certificates: Path) -> None:
+    flags = ["--tls-cert-path", str(certificates / "server.pem"), "--tls-key-path", str(certificates / "server.key")]
+    program = await start(*flags)
+    context = ssl.create_default_context(cafile=str(certificates / "ca.pem"))
+    context.check_hostname = False
+
+    async def shown() -> str:
+        wire = await Wire.open(program.port, ssl=context)
+        wire.get("/live")
+        assert (await wire.read()).status == 200
+        found = dict(part[0] for part in wire.writer.get_extra_info("peercert")["subject"])
+        wire.close()
+        return str(found["commonName"])
+
+    assert await shown() == "server"
+    certificate = (certificates / "server.pem").read_text()
+    (certificates / "server.pem").write_text("half of a")
+    assert await shown() == "server"
+    (certificates / "server.pem").write_text(certificate)
+    for kind in ("pem", "key"):
+        (certificates / f"client.{kind}").rename(certificates / f"server.{kind}")
+    assert await shown() == "client"
+
+
+@needs_openssl
 def test_a_certificate_needs_its_key(certificates: Path) -> None:
     assert "belong together" in refused("--tls-cert-path", str(certificates / "server.pem"))

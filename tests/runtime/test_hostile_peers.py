@@ -69,6 +69,9 @@ async def serves(worker: DistributedRuntime) -> bool:
         HELLO + framed(wire.REQUEST, b"\x94\x01\xa1p\x80" + b"\x91" * 200_000 + b"\x01"),
         HELLO + bytes(wire.frame(wire.CANCEL, (1, 5))),
         HELLO + bytes(wire.frame(wire.HELLO, ("x",))),
+        wire.PREAMBLE + (wire.MAX_GREETING_BYTES + 1).to_bytes(4, "big"),
+        wire.PREAMBLE + bytes(wire.frame(wire.PING, ())),
+        wire.PREAMBLE + bytes(wire.frame(wire.REQUEST, (1, "path", {}, None))),
     ],
     ids=lambda data: repr(data[:40]),
 )
@@ -192,6 +195,24 @@ async def test_a_silent_caller_is_dropped(runtime: DistributedRuntime, monkeypat
     assert held.stopped == ["kill"]
 
 
+async def test_who_says_a_little_now_and_then_but_never_who_it_is_is_dropped(
+    runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "TICK_S", 0.05)
+    monkeypatch.setattr(server_module, "SILENCE_S", 0.2)
+    await runtime.endpoint(ENDPOINT).start_push_endpoint(Held())
+    reader, writer = await dial(runtime)
+    writer.write(wire.PREAMBLE + (100).to_bytes(4, "big"))
+    ended = asyncio.ensure_future(closed(reader))
+    for _ in range(99):
+        if ended.done():
+            break
+        writer.write(b"x")
+        await asyncio.wait([ended], timeout=0.05)
+    assert ended.done()
+    writer.close()
+
+
 # --- the caller's side
 
 
@@ -223,6 +244,7 @@ async def impostor(runtime: DistributedRuntime, answer: bytes) -> asyncio.Server
         HELLO + bytes(wire.frame(wire.ERROR, (1, {"kind": 5}))),
         HELLO + bytes(wire.frame(wire.REQUEST, ())),
         HELLO + framed(wire.ITEMS, b"\xc1\xc1\xc1\xc1"),
+        wire.PREAMBLE + bytes(wire.frame(wire.ITEMS, ([1], [2], [1]))),
     ],
     ids=lambda data: repr(data[:40]),
 )

@@ -36,7 +36,7 @@ def run_program(name: str, options: WorkerOptions, work: Work) -> int:
 
 
 async def _run(options: WorkerOptions, work: Work) -> int:
-    os.environ.update(options.nats_tls)  # where the runtime, and what it starts, look for them
+    os.environ.update(options.nats_tls | options.tcp_tls)  # where the runtime, and what it starts, look for them
     runtime = DistributedRuntime(
         asyncio.get_running_loop(),
         options.discovery_backend,

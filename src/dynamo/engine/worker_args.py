@@ -14,6 +14,7 @@ import msgspec
 
 from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.options import OptionParser
+from dynamo.runtime.tls import add_tls_options, take_tls_options
 
 DEFAULT_NAMESPACE = "dynamo"
 DEFAULT_COMPONENT = "backend"  # where routers look for workers that do the whole request
@@ -41,11 +42,6 @@ _LATER = {
     "--media-output-fs-url": "media output",
     "--media-output-http-url": "media output",
     "--multimodal-embedding-cache-capacity-gb": "the multimodal embedding cache",
-    "--tcp-tls-cert-path": "TLS between processes",
-    "--tcp-tls-key-path": "TLS between processes",
-    "--tcp-tls-ca-cert-path": "TLS between processes",
-    "--tcp-tls-client-cert-path": "TLS between processes",
-    "--tcp-tls-client-key-path": "TLS between processes",
 }
 
 
@@ -59,6 +55,8 @@ class WorkerOptions(msgspec.Struct, frozen=True, kw_only=True):
     event_plane: str | None = None
     nats_tls: dict[str, str] = {}
     """Files for TLS with NATS, by the variable that names each."""
+    tcp_tls: dict[str, str] = {}
+    """The same for TLS between processes."""
     endpoint_types: tuple[str, ...] = ENDPOINT_TYPES
     custom_jinja_template: str | None = None
     engine_request_limit: int | None = None
@@ -97,6 +95,7 @@ def add_worker_options(parser: OptionParser) -> None:
     parser.option(place, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel: zmq, nats")
     for variable, what in _NATS_TLS.items():
         parser.option(place, _flag(variable), env=variable, metavar="FILE", help=f"TLS with NATS: PEM {what}")
+    add_tls_options(parser, place)
 
     serving = parser.add_argument_group("serving")
     parser.option(
@@ -198,6 +197,7 @@ def worker_options(args: argparse.Namespace) -> WorkerOptions:
         response_plane=args.response_plane,
         event_plane=args.event_plane,
         nats_tls={name: path for name in _NATS_TLS if (path := getattr(args, _flag(name)[2:].replace("-", "_")))},
+        tcp_tls=take_tls_options(dict(vars(args))),
         endpoint_types=types,
         custom_jinja_template=args.custom_jinja_template,
         engine_request_limit=args.engine_request_limit,

@@ -10,6 +10,7 @@ from dynamo.router.config import RouterConfig
 from dynamo.router.options import add_router_options, router_config
 from dynamo.runtime.options import OptionParser, env_bool, env_number
 from dynamo.runtime.selection import RouterMode
+from dynamo.runtime.tls import add_tls_options, take_tls_options
 
 ROUTER_MODES = ("round-robin", "random", "power-of-two", "kv", "direct", "least-loaded", "device-aware-weighted")
 
@@ -23,6 +24,8 @@ class FrontendConfig(msgspec.Struct, frozen=True, kw_only=True):
     tls_cert_path: str | None = None
     tls_key_path: str | None = None
     tls_client_ca_cert_path: str | None = None
+    tcp_tls: dict[str, str] = {}
+    """Of TLS with workers, by the variable of the environment that says it."""
     request_template: str | None = None
     metrics_prefix: str = "dynamo_frontend"
     namespace: str | None = None
@@ -200,6 +203,7 @@ def parser() -> OptionParser:
         metavar="NAME",
         help="how events travel: zmq, nats (default: zmq)",
     )
+    add_tls_options(p, found)
     routing = p.add_argument_group("routing")
     p.option(
         routing,
@@ -262,6 +266,7 @@ def parse(argv: Sequence[str] | None = None) -> FrontendConfig:
     """Read flags and environment. A wrong one ends the program with one line and status 2."""
     p = parser()
     given = vars(p.parse(argv))
+    given["tcp_tls"] = take_tls_options(given)
     if given.pop("interactive"):
         p.error("--interactive: the terminal chat is `dynamo run MODEL in=text`")
     try:

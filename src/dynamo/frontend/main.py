@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -36,6 +37,7 @@ def run(config: FrontendConfig, *, reuse_port: bool = False) -> int:
     import uvloop
 
     gc.set_threshold(GC_THRESHOLD, 20, 20)
+    os.environ.update(config.tcp_tls)  # where the runtime looks for them
     return uvloop.run(_serve(config, reuse_port))
 
 
@@ -59,6 +61,10 @@ async def _serve(config: FrontendConfig, reuse_port: bool) -> int:
         return 2
     try:
         await service.start(reuse_port=reuse_port)
+    except ValueError as e:
+        sys.stderr.write(f"dynamo.frontend: error: {e}\n")
+        await runtime.close()
+        return BIND_FAILED
     except OSError as e:
         where = f"{config.http_host}:{config.http_port}"
         sys.stderr.write(f"dynamo.frontend: error: cannot serve on {where}: {e.strerror or e}\n")

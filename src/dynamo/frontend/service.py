@@ -4,6 +4,8 @@ import asyncio
 import logging
 import resource
 import ssl
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -24,10 +26,12 @@ from dynamo.runtime.distributed import DistributedRuntime
 from dynamo.runtime.errors import EngineShutdown
 from dynamo.runtime.loop_monitor import LoopMonitor
 from dynamo.runtime.selection import RouterMode
+from dynamo.runtime.tls import Renewed, server_context
 
 log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0  # how late a silent worker or a stalled client may be noticed
+TLS_HANDSHAKE_S = 10.0  # browsers far away need three round trips; who says nothing holds a socket no longer
 LAST_WORDS_S = 1.0  # for the errors of requests that outlived the shutdown's grace to reach their clients
 
 
@@ -81,7 +85,8 @@ class FrontendService:
         """Begin to follow discovery and to listen.
 
         Raises:
-            OSError: the address cannot be bound, or a TLS file cannot be used (ssl.SSLError is one).
+            OSError: the address cannot be bound.
+            ValueError: a TLS file cannot be used.
         """
         loop = asyncio.get_running_loop()
         self._http = HttpServer(self._app, self._limits.body_limit_bytes)
@@ -89,7 +94,7 @@ class FrontendService:
             self._http,
             self._config.http_host,
             self._config.http_port,
-            ssl=tls_context(self._config),
+            **_encryption(self._config),
             backlog=self._limits.listen_backlog,
             reuse_port=reuse_port or None,
         )
@@ -150,17 +155,19 @@ def _report_end(following: "asyncio.Task[None]") -> None:
         log.critical("models are no longer followed: %s", error, exc_info=error)
 
 
-def tls_context(config: FrontendConfig) -> ssl.SSLContext | None:
-    """The TLS settings of the command line, None for plain HTTP. Raises ssl.SSLError, OSError."""
-    if config.tls_cert_path is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(config.tls_cert_path, config.tls_key_path)
-    context.set_alpn_protocols(["http/1.1"])
-    if config.tls_client_ca_cert_path is not None:
-        context.load_verify_locations(config.tls_client_ca_cert_path)
-        context.verify_mode = ssl.CERT_REQUIRED
-    return context
+def _encryption(config: FrontendConfig) -> dict[str, Any]:
+    """What the listener is told of TLS; nothing for plain HTTP. Raises ValueError."""
+    if config.tls_cert_path is None or config.tls_key_path is None:
+        return {}
+    cert, key = Path(config.tls_cert_path), Path(config.tls_key_path)
+    client_ca = Path(config.tls_client_ca_cert_path) if config.tls_client_ca_cert_path else None
+
+    def make() -> ssl.SSLContext:
+        context = server_context(cert, key, client_ca, "--tls-cert-path, --tls-key-path, --tls-client-ca-cert-path")
+        context.set_alpn_protocols(["http/1.1"])
+        return context
+
+    return {"ssl": Renewed([cert, key, client_ca], make).door(), "ssl_handshake_timeout": TLS_HANDSHAKE_S}
 
 
 def raise_descriptor_limit(target: int) -> None:

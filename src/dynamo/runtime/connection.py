@@ -6,9 +6,10 @@ callback: decode once, call the sinks, flush each sink touched. The pool owns th
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dynamo.runtime import wire
 from dynamo.runtime.address import NATS, split_host_port
@@ -29,6 +30,7 @@ from dynamo.runtime.instances import Target
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.streams import StreamSink
+from dynamo.runtime.tls import RequestTls
 
 if TYPE_CHECKING:
     from dynamo.runtime.nats.transport import Exchange
@@ -39,6 +41,10 @@ CONNECT_TIMEOUT_S = 3.0  # DYN_TCP_CONNECT_TIMEOUT, the default users know
 PING_INTERVAL_S = 2.0  # DYN_TCP_PING_INTERVAL_SECS
 MISSED_PINGS = 3  # so a silent peer is given up after 6 to 8 s
 MAX_UNSENT_BYTES = 64 << 20  # two largest messages; a peer that leaves more unread is not reading
+
+
+_NO_GREETING = "if it speaks TLS, set DYN_TCP_TLS_CA_CERT_PATH"
+_NO_GREETING_BY_TLS = "it may want a certificate of ours: DYN_TCP_TLS_CLIENT_CERT_PATH, DYN_TCP_TLS_CLIENT_KEY_PATH"
 
 
 class Call:
@@ -181,6 +187,8 @@ class Connection(asyncio.Protocol):
         touched: dict[int, StreamSink] = {}
         try:
             for kind, body in self._reader.feed(data):
+                if kind != wire.HELLO and not self._greeting.done():
+                    raise wire.ProtocolError(f"a frame of kind {kind} before its greeting")
                 if kind == wire.ITEMS:
                     self._on_items(wire.decode_items(body), touched)
                 else:
@@ -267,7 +275,12 @@ class Connection(asyncio.Protocol):
             log.exception("a response sink failed at an error")
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.fail(Disconnected(f"the connection to {self.host_port} broke: {exc or 'closed by the worker'}"))
+        why = str(exc or "closed by the worker")
+        if self._greeting.done():
+            self.fail(Disconnected(f"the connection to {self.host_port} broke: {why}"))
+        else:  # nothing was sent yet
+            hint = _NO_GREETING_BY_TLS if self._pool.tls is not None else _NO_GREETING
+            self.fail(CannotConnect(f"{self.host_port} gave no greeting: {why}; {hint}"))
 
     def fail(self, error: DynamoException, in_order: bool = False) -> None:
         """End the connection and everything on it. `in_order` lets what is already written out first."""
@@ -318,6 +331,12 @@ class Connection(asyncio.Protocol):
             self.fail(CannotConnect(f"cannot connect to {self.host_port}: {e.message}"))
         except TimeoutError:
             self.fail(CannotConnect(f"{self.host_port} did not answer within {limit_s:g} s"))
+        except ssl.SSLCertVerificationError as e:
+            self.fail(
+                CannotConnect(f"{self.host_port}: {e.verify_message} (DYN_TCP_TLS_CA_CERT_PATH, ..._SERVER_NAME)")
+            )
+        except ssl.SSLError as e:
+            self.fail(CannotConnect(f"{self.host_port} does not speak TLS as we do: {e.reason or e}"))
         except OSError as e:
             self.fail(CannotConnect(f"cannot connect to {self.host_port}: {e.strerror or e}"))
 
@@ -339,9 +358,14 @@ class ConnectionPool:
     """All connections of one runtime to workers. `exchange` gives the way to those that are reached by NATS."""
 
     def __init__(
-        self, process: str, metrics: Metrics, exchange: "Callable[[], Awaitable[Exchange]] | None" = None
+        self,
+        process: str,
+        metrics: Metrics,
+        exchange: "Callable[[], Awaitable[Exchange]] | None" = None,
+        tls: RequestTls | None = None,
     ) -> None:
         self.process = process
+        self.tls = tls
         self._exchange = exchange
         self.stats = metrics.request_plane
         self.sockets = metrics.transport
@@ -372,12 +396,24 @@ class ConnectionPool:
     async def dial(self, host_port: str, connection: Connection) -> None:
         """Make the connection. Raises CannotConnect, OSError; the caller bounds the time."""
         if not host_port.startswith(NATS):
-            await asyncio.get_running_loop().create_connection(lambda: connection, *split_host_port(host_port))
+            host, port = split_host_port(host_port)
+            await asyncio.get_running_loop().create_connection(lambda: connection, host, port, **self._encryption(host))
         elif self._exchange is None:
             raise CannotConnect("there is no way to NATS here")
         else:
             exchange = await self._exchange()
             await exchange.dial(host_port.removeprefix(NATS), connection)
+
+    def _encryption(self, host: str) -> dict[str, Any]:
+        """What a new connection is told of TLS."""
+        if self.tls is None:
+            return {}
+        settings = self.tls.settings
+        return {
+            "ssl": self.tls.callers.context(),
+            "server_hostname": settings.server_name or host,
+            "ssl_handshake_timeout": settings.handshake_s,
+        }
 
     def probe(self, host_port: str) -> None:
         """Connect if we are not; listeners hear whether it went well, at once if it has."""

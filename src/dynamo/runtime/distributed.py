@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress
@@ -24,6 +24,7 @@ from dynamo.runtime.instances import InstanceSet
 from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.server import RequestServer
+from dynamo.runtime.tls import RequestTls
 
 if TYPE_CHECKING:
     from dynamo.runtime.discovery.etcd.client import EtcdClient
@@ -53,7 +54,8 @@ class DistributedRuntime:
         response_plane: answers come back on the request's connection, so this can only be the request plane's name.
 
     Raises:
-        ValueError: a plane or backend that is unknown or not in this version, or a wrong variable of NATS.
+        ValueError: a plane or backend that is unknown or not in this version, or a wrong variable of NATS or
+            TLS.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class DistributedRuntime:
         response_plane = response_plane or os.environ.get("DYN_RESPONSE_PLANE")
         _only("response plane", response_plane, self.request_plane, "DYN_RESPONSE_PLANE")
         _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")
-        _no_tls(os.environ)
+        tls = RequestTls.from_environ()
         self._nats_settings: NatsSettings | None = None
         if "nats" in (self.request_plane, self.event_plane):
             self._nats_settings = _nats_settings()
@@ -82,9 +84,9 @@ class DistributedRuntime:
         self.metrics = Metrics(self.instance_id)
         self.health = Health()
         self.system_server: SystemServer | None = None
-        self.pool = ConnectionPool(self.process, self.metrics, self.nats_exchange)
+        self.pool = ConnectionPool(self.process, self.metrics, self.nats_exchange, tls)
         by_nats = self.nats_exchange if self.request_plane == "nats" else None
-        self.server = RequestServer(self.process, self.metrics, by_nats)
+        self.server = RequestServer(self.process, self.metrics, by_nats, tls)
         self._nats: NatsLink | None = None
         self._exchange: Exchange | None = None
         self.served: list[ServedEndpoint] = []
@@ -270,13 +272,6 @@ def _shutdown_limits() -> tuple[float, float]:
     """Grace and drain, in seconds. Raises ValueError naming the variable."""
     grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
     return grace_s, env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
-
-
-def _no_tls(environ: Mapping[str, str]) -> None:
-    """A request plane that was asked to be encrypted must not quietly be plain."""
-    asked = sorted(name for name, value in environ.items() if name.startswith("DYN_TCP_TLS_") and value)
-    if asked:
-        raise ValueError(f"{asked[0]}: TLS on the request plane is not in this version; unset it, or use a tunnel")
 
 
 def _nats_settings() -> "NatsSettings":

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
@@ -31,6 +31,7 @@ from dynamo.runtime.metrics import Metrics
 from dynamo.runtime.options import env_number
 from dynamo.runtime.routes import Route, RouteStats, ServerStream
 from dynamo.runtime.streams import PushHandler
+from dynamo.runtime.tls import RequestTls
 from dynamo.runtime.tracing import configure_tracing
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ class ServerConnection(asyncio.Protocol):
         self._sockets.bytes_received.value += len(data)
         try:
             for kind, body in self._reader.feed(data):
+                if not self.greeted and kind != wire.HELLO:
+                    raise wire.ProtocolError(f"a frame of kind {kind} before its greeting")
                 self._on_frame(kind, body)
         except wire.MALFORMED as e:
             self.drop(f"it does not speak our protocol: {e}")
@@ -271,11 +274,11 @@ class ServerConnection(asyncio.Protocol):
         self._write(wire.frame(wire.LEAVING, list(paths)))
 
     def tick(self) -> None:
-        """Every TICK_S: give up a caller that was silent for SILENCE_S."""
-        self._missed = 0 if self._heard else self._missed + 1
+        """Every TICK_S: give up a caller that was silent for SILENCE_S, or took that long to say who it is."""
+        self._missed = 0 if self._heard and self.greeted else self._missed + 1
         self._heard = False
         if self._missed * TICK_S >= SILENCE_S:
-            self.drop(f"it was silent for {SILENCE_S:g} s")
+            self.drop(f"it was silent for {SILENCE_S:g} s" if self.greeted else "it has not greeted")
 
     def drop(self, reason: str) -> None:
         """Close the connection at once, and say why; quietly if it never was a caller, like a port probe."""
@@ -310,9 +313,14 @@ class RequestServer:
     """The listener of one process: on a port, or with `exchange` in its inbox on NATS."""
 
     def __init__(
-        self, process: str, metrics: Metrics, exchange: "Callable[[], Awaitable[Exchange]] | None" = None
+        self,
+        process: str,
+        metrics: Metrics,
+        exchange: "Callable[[], Awaitable[Exchange]] | None" = None,
+        tls: RequestTls | None = None,
     ) -> None:
         self.process = process
+        self._tls = tls
         self._make_exchange = exchange
         self._exchange: Exchange | None = None
         self.metrics = metrics
@@ -348,13 +356,26 @@ class RequestServer:
         port = int(env_number("DYN_TCP_RPC_PORT", 0))
         loop = asyncio.get_running_loop()
         try:
-            self._server = await loop.create_server(lambda: ServerConnection(self), host, port, backlog=1024)
+            self._server = await loop.create_server(
+                lambda: ServerConnection(self), host, port, backlog=1024, **self._encryption()
+            )
         except OSError as e:
             raise CannotConnect(
                 f"cannot listen on {join_host_port(host, port)} (DYN_TCP_RPC_HOST, DYN_TCP_RPC_PORT): {e.strerror or e}"
             ) from e
         bound_host, bound_port = self._server.sockets[0].getsockname()[:2]
         self.host_port = join_host_port(advertised_host(bound_host), bound_port)
+
+    def _encryption(self) -> dict[str, Any]:
+        """What the listener is told of TLS. Raises CannotConnect rather than listen in the clear where TLS is used."""
+        if self._tls is None:
+            return {}
+        if self._tls.listener is None:
+            raise CannotConnect(
+                "TLS is used on the request plane, and this process has no certificate for those who connect to it: "
+                "set DYN_TCP_TLS_CERT_PATH and DYN_TCP_TLS_KEY_PATH"
+            )
+        return {"ssl": self._tls.listener.door(), "ssl_handshake_timeout": self._tls.settings.handshake_s}
 
     def add_route(self, path: str, handler: PushHandler, stats: RouteStats) -> Route:
         """Take requests for `path`. Raises DiscoveryError if it is taken."""

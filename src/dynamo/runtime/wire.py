@@ -3,7 +3,7 @@
 Both sides open with `DYN1` and a version byte. Then frames: u32 big-endian length of what follows, u8 kind,
 msgpack body. Streams are numbered by the caller. Bodies are arrays:
 
-    HELLO    [max_message_bytes, process]         each side, first
+    HELLO    [max_message_bytes, process]         each side, first; at most 4 KiB
     REQUEST  [stream, path, headers, payload]     caller; path "{iid:x}/{ns}/{comp}/{ep}"
     DATA     [stream, item]                       caller, on a bidirectional stream
     END      [stream]                             caller has no more DATA
@@ -29,6 +29,7 @@ from dynamo.runtime.errors import InvalidArgument, WireError
 PREAMBLE = b"DYN1\x01"
 HEADER_BYTES = 5
 DEFAULT_MAX_MESSAGE_BYTES = 32 << 20  # DYN_TCP_MAX_MESSAGE_SIZE
+MAX_GREETING_BYTES = 4096  # of the first frame: a stranger makes nobody keep more
 
 HELLO, REQUEST, DATA, END, CANCEL, FLOW, ITEMS, ERROR, LEAVING, LEFT, PING, PONG, REFUSED = range(1, 14)
 
@@ -152,10 +153,11 @@ def check_size(buffer: bytearray, max_bytes: int, what: str) -> None:
 
 
 class FrameReader:
-    """Cuts what arrives into frames. Holds at most one unfinished frame."""
+    """Cuts what arrives into frames. Holds at most one unfinished frame; the first one is a small one."""
 
     def __init__(self, max_bytes: int = DEFAULT_MAX_MESSAGE_BYTES) -> None:
         self._max_bytes = max_bytes
+        self._limit = min(MAX_GREETING_BYTES, max_bytes)
         self._partial = bytearray()
         self._need = len(PREAMBLE)
         self._greeted = False
@@ -179,12 +181,13 @@ class FrameReader:
         need = 4
         while end - position >= 4:
             (length,) = _LENGTH.unpack_from(data, position)
-            if not 0 < length <= self._max_bytes:
-                raise ProtocolError(f"a frame of {length} bytes (at least 1 and at most {self._max_bytes} are taken)")
+            if not 0 < length <= self._limit:
+                raise ProtocolError(f"a frame of {length} bytes (at least 1 and at most {self._limit} are taken)")
             need = length + 4
             if end - position < need:
                 break
             frames.append((data[position + 4], view[position + HEADER_BYTES : position + need]))
+            self._limit = self._max_bytes
             position += need
             need = 4
         if position < end:
