@@ -30,7 +30,7 @@ import zmq.asyncio
 
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.events import Event, Listeners, create_publisher, create_subscriber
-from dynamo.runtime.zmq_channel import endpoint_in
+from dynamo.runtime.zmq_channel import reached_in
 
 SCOPE = "bench.worker.generate"
 TOPIC = "kv-events"
@@ -120,7 +120,7 @@ async def zmq_asyncio(runtime: DistributedRuntime, tally: Tally) -> None:
     socket = zmq.asyncio.Context().socket(zmq.SUB)
     socket.set(zmq.RCVHWM, 10_000)
     socket.subscribe(TOPIC.encode())
-    socket.connect(endpoint_in(value, int(key.rpartition("/")[2], 16)))
+    socket.connect(reached_in(value, int(key.rpartition("/")[2], 16)).endpoint)
     decoder = msgspec.msgpack.Decoder(Event)
 
     async def read() -> None:

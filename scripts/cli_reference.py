@@ -23,6 +23,7 @@ PROGRAMS = {
     "dynamo run": ["dynamo.cli.main", "run"],
     "dynamo doctor": ["dynamo.cli.main", "doctor"],
     "dynamo demo-model": ["dynamo.cli.main", "demo-model"],
+    "dynamo event-keys": ["dynamo.cli.main", "event-keys"],
     "dynamo replay": ["dynamo.cli.main", "replay"],
     "python -m dynamo.frontend": ["dynamo.frontend"],
     "python -m dynamo.vllm": ["dynamo.vllm"],

@@ -328,5 +328,37 @@ async def test_without_a_certificate_nothing_listens_in_the_clear(monkeypatch: p
             await runtime.endpoint(ENDPOINT).start_push_endpoint(Held())
 
 
+# --- the system server
+
+
+async def test_the_system_server_answers_those_of_its_authority_alone(
+    monkeypatch: pytest.MonkeyPatch, files: Path, two_authorities: tuple[Path, Path]
+) -> None:
+    monkeypatch.setenv("DYN_SYSTEM_PORT", "0")
+    for name, file in (("CERT", "server.pem"), ("KEY", "server.key"), ("CLIENT_CA_CERT", "ca.pem")):
+        monkeypatch.setenv(f"DYN_SYSTEM_TLS_{name}_PATH", str(files / file))
+
+    async def asked(authority: Path, certificate: bool) -> bytes:
+        context = ssl.create_default_context(cafile=str(authority / "ca.pem"))
+        if certificate:
+            context.load_cert_chain(authority / "client.pem", authority / "client.key")
+        reader, writer = await asyncio.open_connection("127.0.0.1", system.port, ssl=context)
+        writer.write(b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await closed(reader)
+        writer.close()
+        return answer[:12]
+
+    async with caller() as runtime:
+        await runtime.started()
+        system = runtime.system_server
+        assert system is not None
+        assert system.url.startswith("https://")
+        assert await asked(files, certificate=True) == b"HTTP/1.1 200"
+        assert await asked(files, certificate=False) == b""
+        renew(files, two_authorities[1], *ALL)
+        assert await asked(two_authorities[1], certificate=True) == b"HTTP/1.1 200"
+        assert await asked(two_authorities[1], certificate=False) == b""
+
+
 def test_empty_variables_are_none() -> None:
     assert TlsSettings.from_environ({"DYN_TCP_TLS_CERT_PATH": ""}) is None

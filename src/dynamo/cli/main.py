@@ -10,6 +10,7 @@ usage: dynamo COMMAND ...
   run          serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
   doctor       who is there, and does each worker answer?
   demo-model   make a small model that speaks nonsense, to try things with
+  event-keys   make keys that events over ZeroMQ are sealed with
   replay       simulate workers and routing on a trace, without any (python -m dynamo.replay)
 
   frontend     the HTTP service                      (python -m dynamo.frontend)
@@ -64,11 +65,15 @@ def main() -> int:
         from dynamo.cli.demo_model import main as demo_model
 
         return demo_model(rest)
+    if word == "event-keys":
+        from dynamo.cli.event_keys import main as event_keys
+
+        return event_keys(rest)
     if word == "replay":
         from dynamo.replay.main import main as replay
 
         return replay(rest)
-    near = difflib.get_close_matches(word, ["run", "doctor", "demo-model", "replay", *PROGRAMS], n=1)
+    near = difflib.get_close_matches(word, ["run", "doctor", "demo-model", "event-keys", "replay", *PROGRAMS], n=1)
     sys.stderr.write(f"dynamo: unknown command {word!r}" + (f"; did you mean {near[0]}?\n" if near else "\n"))
     return 2
 

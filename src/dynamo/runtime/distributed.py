@@ -27,6 +27,7 @@ from dynamo.runtime.server import RequestServer
 from dynamo.runtime.tls import RequestTls
 
 if TYPE_CHECKING:
+    from dynamo.runtime.curve import CurveKeys
     from dynamo.runtime.discovery.etcd.client import EtcdClient
     from dynamo.runtime.nats.link import NatsLink
     from dynamo.runtime.nats.settings import NatsSettings
@@ -70,6 +71,7 @@ class DistributedRuntime:
     ) -> None:
         self.request_plane = _one_of("request plane", request_plane, ("tcp", "nats"), "DYN_REQUEST_PLANE")
         self.event_plane = choose_event_plane(event_plane)
+        self.curve = _curve_keys(self.event_plane)
         response_plane = response_plane or os.environ.get("DYN_RESPONSE_PLANE")
         _only("response plane", response_plane, self.request_plane, "DYN_RESPONSE_PLANE")
         _only("request plane codec", os.environ.get("DYN_REQUEST_PLANE_CODEC"), "msgpack", "DYN_REQUEST_PLANE_CODEC")
@@ -272,6 +274,14 @@ def _shutdown_limits() -> tuple[float, float]:
     """Grace and drain, in seconds. Raises ValueError naming the variable."""
     grace_s = env_number("DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS", GRACE_S)
     return grace_s, env_number("DYN_RUNTIME_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", DRAIN_S)
+
+
+def _curve_keys(event_plane: str) -> "CurveKeys | None":
+    if not any(name.startswith("DYN_EVENT_PLANE_CURVE_") and value for name, value in os.environ.items()):
+        return None
+    from dynamo.runtime.curve import CurveKeys  # and with it ZeroMQ, which not every runtime needs
+
+    return CurveKeys.from_environ(event_plane)
 
 
 def _nats_settings() -> "NatsSettings":

@@ -22,6 +22,7 @@ from dynamo.runtime.component import Component, Endpoint, Namespace
 from dynamo.runtime.options import env_bool
 
 if TYPE_CHECKING:
+    from dynamo.runtime.curve import CurveKeys
     from dynamo.runtime.discovery import Discovery
     from dynamo.runtime.metrics import Metrics
     from dynamo.runtime.nats.link import NatsLink
@@ -226,6 +227,10 @@ class HasEvents(Protocol):
     @property
     def event_plane(self) -> str: ...
 
+    @property
+    def curve(self) -> "CurveKeys | None":
+        """What events over ZeroMQ are sealed with; None: they are in the clear."""
+
     async def nats(self) -> "NatsLink": ...
 
 
@@ -270,7 +275,7 @@ async def create_publisher(
     from dynamo.runtime.zmq_publisher import ZmqPublisher
 
     return await ZmqPublisher.create(
-        runtime.discovery, runtime.metrics, scope_of(scope), check_topic(topic), publisher_id
+        runtime.discovery, runtime.metrics, scope_of(scope), check_topic(topic), publisher_id, runtime.curve
     )
 
 
@@ -290,7 +295,7 @@ async def create_subscriber(
     from dynamo.runtime.zmq_subscriber import ZmqSubscriber
 
     return await ZmqSubscriber.create(
-        runtime.discovery, runtime.metrics, scope_of(scope), check_topic(topic), listeners
+        runtime.discovery, runtime.metrics, scope_of(scope), check_topic(topic), listeners, runtime.curve
     )
 
 

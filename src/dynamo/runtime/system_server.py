@@ -2,7 +2,8 @@
 
 Health, metrics, who it is, and what its engine offers. Off unless `DYN_SYSTEM_PORT` is 0 (any port) or more. There is
 no authentication, so it binds `DYN_SYSTEM_HOST` = 127.0.0.1; a probe or a Prometheus from outside needs `0.0.0.0`
-there, behind a network policy. Answers are JSON, but for metrics and files; errors are `{"error", "message"}`.
+there, behind a network policy or with `DYN_SYSTEM_TLS_CLIENT_CA_CERT_PATH`. Answers are JSON, but for metrics and
+files; errors are `{"error", "message"}`.
 
 `/live` says that the loop turns, always with 200: restarting a process because its engine is busy helps nobody.
 """
@@ -22,6 +23,7 @@ from dynamo.runtime import metrics
 from dynamo.runtime.address import join_host_port
 from dynamo.runtime.errors import CannotConnect, DynamoException, HttpError, InvalidArgument
 from dynamo.runtime.options import env_number
+from dynamo.runtime.tls import system_door
 
 if TYPE_CHECKING:
     from dynamo.runtime.distributed import DistributedRuntime
@@ -72,6 +74,7 @@ class SystemServer:
         self._routes: list[_Route] = []
         self._files: FileSource | None = None
         self._runner: web.AppRunner | None = None
+        self._scheme = "http"
         self.host = ""
         self.port = 0
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_errors_as_json])
@@ -87,15 +90,16 @@ class SystemServer:
 
     @property
     def url(self) -> str:
-        """`http://host:port`."""
-        return f"http://{join_host_port(self.host, self.port)}"
+        """`http://host:port`, or `https://`."""
+        return f"{self._scheme}://{join_host_port(self.host, self.port)}"
 
     async def start(self, host: str, port: int) -> None:
-        """Listen; port 0 takes any. Raises CannotConnect naming the variables."""
+        """Listen; port 0 takes any. Raises CannotConnect naming the variables, ValueError for what TLS cannot use."""
+        door = system_door()
         runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=CLOSE_TIMEOUT_S)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
+            await web.TCPSite(runner, host, port, ssl_context=door).start()
         except OSError as e:
             await runner.cleanup()
             raise CannotConnect(
@@ -103,6 +107,7 @@ class SystemServer:
                 f"(DYN_SYSTEM_HOST, DYN_SYSTEM_PORT): {e.strerror or e}"
             ) from e
         self._runner = runner
+        self._scheme = "http" if door is None else "https"
         self.host, self.port = runner.addresses[0][:2]
         log.info("the system server listens on %s", self.url)
 

@@ -189,6 +189,18 @@ class RequestTls:
         return server_context(settings.cert, settings.key, settings.client_ca, name)
 
 
+def system_door(environ: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
+    """For the system server's listener, as `DYN_SYSTEM_TLS_*` say; None for plain HTTP. Raises ValueError."""
+    cert, key = _pair(environ, "DYN_SYSTEM_TLS_CERT_PATH", "DYN_SYSTEM_TLS_KEY_PATH")
+    client_ca = env_file(environ, "DYN_SYSTEM_TLS_CLIENT_CA_CERT_PATH")
+    if cert is None or key is None:
+        if client_ca is not None:
+            raise ValueError("DYN_SYSTEM_TLS_CLIENT_CA_CERT_PATH needs DYN_SYSTEM_TLS_CERT_PATH and ..._KEY_PATH")
+        return None
+    names = "DYN_SYSTEM_TLS_CERT_PATH, ..._KEY_PATH, ..._CLIENT_CA_CERT_PATH"
+    return Renewed([cert, key, client_ca], lambda: server_context(cert, key, client_ca, names)).door()
+
+
 def _pair(environ: Mapping[str, str], cert: str, key: str) -> tuple[Path | None, Path | None]:
     found = env_file(environ, cert), env_file(environ, key)
     if (found[0] is None) != (found[1] is None):

@@ -29,12 +29,20 @@ NOBLOCK: Final = zmq.NOBLOCK
 MORE: Final = zmq.NOBLOCK | zmq.SNDMORE
 
 
-def zmq_record(scope: EventScope, topic: str, publisher_id: int, endpoint: str) -> bytes:
-    """The record of a publisher that listens on `endpoint` (`tcp://host:port`)."""
-    return msgspec.json.encode(Channel.of(scope, topic, publisher_id, "Zmq", {"endpoint": endpoint}))
+def zmq_record(scope: EventScope, topic: str, publisher_id: int, endpoint: str, key: bytes | None = None) -> bytes:
+    """The record of a publisher that listens on `endpoint` (`tcp://host:port`); `key` is its public one, if it has."""
+    config = {"endpoint": endpoint} | ({"curve_key": key.decode()} if key is not None else {})
+    return msgspec.json.encode(Channel.of(scope, topic, publisher_id, "Zmq", config))
 
 
-def endpoint_in(record: bytes, publisher_id: int) -> str:
+class Reached(msgspec.Struct, frozen=True):
+    """Where a publisher is heard, and its public key (Z85), if it seals what it says."""
+
+    endpoint: str
+    key: bytes | None = None
+
+
+def reached_in(record: bytes, publisher_id: int) -> Reached:
     """Where to connect. Raises ValueError, or DecodeError, for a record that is not this publisher's, over ZeroMQ and
     TCP."""
     channel = msgspec.json.decode(record, type=Channel)
@@ -45,7 +53,10 @@ def endpoint_in(record: bytes, publisher_id: int) -> str:
         raise ValueError(f"its transport {transport} is not ZeroMQ over TCP")
     split_host_port(endpoint.removeprefix("tcp://"))
     channel.check_id(publisher_id)
-    return endpoint
+    key = config.get("curve_key") if isinstance(config, dict) else None
+    if key is not None and not isinstance(key, str):
+        raise ValueError(f"its key {key!r} is no text")
+    return Reached(endpoint, key.encode() if key else None)
 
 
 _contexts: dict[int, zmq.Context[zmq.Socket[bytes]]] = {}  # by process id: a context does not survive a fork

@@ -11,6 +11,7 @@ from typing import Final, Self
 import zmq
 
 from dynamo.runtime.address import join_host_port, split_host_port
+from dynamo.runtime.curve import CurveKeys
 from dynamo.runtime.discovery import Discovery
 from dynamo.runtime.errors import CannotConnect, DiscoveryError
 from dynamo.runtime.event_writer import EventWriter, publisher_id_of
@@ -23,13 +24,22 @@ from dynamo.runtime.zmq_channel import MORE, NOBLOCK, numeric_host, zmq_record, 
 log = logging.getLogger(__name__)
 rarely = Rarely(log)
 
+MAX_HEARD_BYTES: Final = 4096  # of what subscribers say: topics, and who they are; more would be kept in memory
 LINGER_MS: Final = 500  # how long closing waits for the last events to leave
 
 
 class ZmqPublisher(EventWriter):
     """See `EventPublisher`."""
 
-    def __init__(self, metrics: Metrics, scope: EventScope, topic: str, publisher_id: int, host: str) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        scope: EventScope,
+        topic: str,
+        publisher_id: int,
+        host: str,
+        curve: CurveKeys | None = None,
+    ) -> None:
         super().__init__(metrics, scope, topic, publisher_id)
         self._topic_frame = topic.encode()
         self._id_frame = publisher_id.to_bytes(8, "big")
@@ -39,6 +49,9 @@ class ZmqPublisher(EventWriter):
             self._socket.set(zmq.LINGER, LINGER_MS)
             self._socket.set(zmq.IPV6, ":" in host)
             self._socket.set(zmq.XPUB_NODROP, 1)
+            self._socket.set(zmq.MAXMSGSIZE, MAX_HEARD_BYTES)
+            if curve is not None:
+                curve.guard(self._socket)
             self._socket.bind(f"tcp://{join_host_port(host, 0)}")
         except zmq.ZMQError as e:
             self._socket.close(0)
@@ -47,16 +60,22 @@ class ZmqPublisher(EventWriter):
         assert isinstance(bound, bytes)
         host, port = split_host_port(bound.rstrip(b"\0").decode().removeprefix("tcp://"))
         self.endpoint = f"tcp://{join_host_port(advertised_host(host), port)}"
-        self._record = zmq_record(scope, topic, publisher_id, self.endpoint)
+        self._record = zmq_record(scope, topic, publisher_id, self.endpoint, curve.public if curve else None)
 
     @classmethod
     async def create(
-        cls, discovery: Discovery, metrics: Metrics, scope: EventScope, topic: str, publisher_id: int | None
+        cls,
+        discovery: Discovery,
+        metrics: Metrics,
+        scope: EventScope,
+        topic: str,
+        publisher_id: int | None,
+        curve: CurveKeys | None = None,
     ) -> Self:
         """Bind and enter discovery; see `dynamo.runtime.events.create_publisher`."""
         publisher_id = publisher_id_of(publisher_id)
         host = os.environ.get("DYN_EVENT_PLANE_HOST", "").strip().strip("[]") or "127.0.0.1"
-        publisher = cls(metrics, scope, topic, publisher_id, await numeric_host(host))
+        publisher = cls(metrics, scope, topic, publisher_id, await numeric_host(host), curve)
         try:
             await discovery.put(publisher._key, publisher._record)
         except BaseException:

@@ -5,16 +5,22 @@ A connection to every publisher of the topic in discovery (`dynamo.runtime.zmtp`
 
 import asyncio
 import logging
-from typing import Final, Self
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Final, Self
 
 from dynamo.runtime.address import join_host_port, split_host_port
+from dynamo.runtime.curve import KEY, PEERS, CurveKeys
 from dynamo.runtime.discovery import Discovery
 from dynamo.runtime.event_channel import HEAD, MAX_EVENT_BYTES, NO_EVENT, read_frame
 from dynamo.runtime.event_reader import EventReader
 from dynamo.runtime.events import EVENT_CHANNELS, Event, EventScope, Listeners
 from dynamo.runtime.metrics import Metrics
-from dynamo.runtime.zmq_channel import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, endpoint_in, numeric_host
+from dynamo.runtime.zmq_channel import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, numeric_host, reached_in
 from dynamo.runtime.zmtp import ZmtpSubscription
+
+if TYPE_CHECKING:
+    from dynamo.runtime.curve_session import CurveSession
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +33,17 @@ class ZmqSubscriber(EventReader):
     """See `EventSubscriber`."""
 
     def __init__(
-        self, discovery: Discovery, metrics: Metrics, scope: EventScope, topic: str, listeners: Listeners
+        self,
+        discovery: Discovery,
+        metrics: Metrics,
+        scope: EventScope,
+        topic: str,
+        listeners: Listeners,
+        curve: CurveKeys | None = None,
     ) -> None:
         super().__init__(discovery, metrics, scope, topic, listeners)
         self._topic_frame = topic.encode()
+        self._curve = curve
         self._addresses: dict[int, str] = {}
         self._links: dict[str, ZmtpSubscription] = {}
         self._paused = False
@@ -38,23 +51,31 @@ class ZmqSubscriber(EventReader):
 
     @classmethod
     async def create(
-        cls, discovery: Discovery, metrics: Metrics, scope: EventScope, topic: str, listeners: Listeners
+        cls,
+        discovery: Discovery,
+        metrics: Metrics,
+        scope: EventScope,
+        topic: str,
+        listeners: Listeners,
+        curve: CurveKeys | None = None,
     ) -> Self:
         """Look into discovery and connect; see `dynamo.runtime.events.create_subscriber`."""
         present = await discovery.get_prefix(f"{EVENT_CHANNELS}/{scope.path}/")
-        subscriber = cls(discovery, metrics, scope, topic, listeners)
+        subscriber = cls(discovery, metrics, scope, topic, listeners, curve)
         await subscriber._begin(present)
         return subscriber
 
     # --- publishers come and go
 
     async def _put(self, publisher_id: int, key: str, value: bytes) -> None:
-        address = await _numeric(endpoint_in(value, publisher_id))
+        reached = reached_in(value, publisher_id)
+        secure = self._session_with(reached.key)
+        address = await _numeric(reached.endpoint)
         known = self._addresses.get(publisher_id)
         if known == address:
             return
         if address not in self._links:
-            self._connect(address)
+            self._connect(address, secure)
             self._loop.call_later(UNCONNECTED_WARNING_S, self._warn_if_unconnected, publisher_id, address)
         self._addresses[publisher_id] = address
         if known is None:
@@ -72,10 +93,21 @@ class ZmqSubscriber(EventReader):
             await self._disconnect(address)
         self._left(publisher_id)
 
-    def _connect(self, address: str) -> None:
+    def _session_with(self, key: bytes | None) -> "Callable[[], CurveSession] | None":
+        """How connections to a publisher with this key are sealed. Raises ValueError if it is not to be heard."""
+        curve = self._curve
+        if curve is None:
+            if key is not None:
+                raise ValueError(f"it wants a key of ours ({KEY})")
+            return None
+        if key is None:
+            raise ValueError(f"it speaks in the clear, and {KEY} is set here")
+        return partial(_session, curve, key)
+
+    def _connect(self, address: str, secure: "Callable[[], CurveSession] | None") -> None:
         host, port = split_host_port(address.removeprefix("tcp://"))
         link = self._links[address] = ZmtpSubscription(
-            host, port, self._topic_frame, MAX_EVENT_BYTES + HEAD.size, self._on_message, self._change.set
+            host, port, self._topic_frame, MAX_EVENT_BYTES + HEAD.size, self._on_message, self._change.set, secure
         )
         link.pause(self._paused)
         link.open()
@@ -93,11 +125,12 @@ class ZmqSubscriber(EventReader):
         link = self._links.get(address)
         if self._addresses.get(publisher_id) == address and link is not None and not link.connected:
             log.warning(
-                "the publisher %x of %r cannot be reached at %s: its events are missing here. If it runs on another "
-                "machine, set DYN_EVENT_PLANE_HOST there to an address of its own",
+                "the publisher %x of %r cannot be reached at %s: its events are missing here. %s",
                 publisher_id,
                 self.topic,
                 address,
+                link.trouble
+                or "If it runs on another machine, set DYN_EVENT_PLANE_HOST there to an address of its own",
             )
 
     @property
@@ -148,6 +181,15 @@ class ZmqSubscriber(EventReader):
         for address in list(self._links):
             await self._disconnect(address)
         self._addresses.clear()
+
+
+def _session(curve: CurveKeys, key: bytes) -> "CurveSession":
+    """For one connection. Raises ValueError for a key that is not known now; it may be when it is tried again."""
+    if not curve.knows(key):
+        raise ValueError(f"its key {key.decode()} is not among those that are known ({PEERS})")
+    from dynamo.runtime.curve_session import CurveSession  # PyNaCl is not everywhere
+
+    return CurveSession(curve.public, curve.secret, key)
 
 
 async def _numeric(endpoint: str) -> str:

@@ -1,8 +1,8 @@
 """How does one listen to a ZeroMQ publisher without ZeroMQ?
 
-The part of ZMTP 3.0 (rfc.zeromq.org/spec/23) that a subscriber needs: TCP, no security, one subscription. libzmq hands
-each message over from a thread of its own, frame by frame: five times what it costs to take all that a read brought
-apart here, where the event loop reads anyway.
+The part of ZMTP 3.0 (rfc.zeromq.org/spec/23) that a subscriber needs: TCP, one subscription, in the clear or sealed by
+CURVE (`dynamo.runtime.curve_session`). libzmq hands each message over from a thread of its own, frame by frame: five
+times what it costs to take all that a read brought apart here, where the event loop reads anyway.
 """
 
 import asyncio
@@ -10,7 +10,10 @@ import contextlib
 import logging
 import random
 from collections.abc import Callable
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
+
+if TYPE_CHECKING:
+    from dynamo.runtime.curve_session import CurveSession
 
 log = logging.getLogger(__name__)
 
@@ -20,22 +23,31 @@ CONNECT_TIMEOUT_S: Final = 5.0  # for the connection, and again for what both sa
 
 _GREETING_BYTES: Final = 64
 _SIGNATURE: Final = b"\xff\0\0\0\0\0\0\0\1\x7f"
-_GREETING: Final = _SIGNATURE + b"\3\0" + b"NULL".ljust(20, b"\0") + b"\0" * 32
 _MORE, _LONG, _COMMAND = 1, 2, 4  # a frame's flags
-_READY: Final = b"\5READY\x0bSocket-Type\0\0\0\3SUB"
+_SEALED_COMMAND: Final = 2  # CURVE's flag inside of the seal, where 1 is again that more follow
+_METADATA: Final = b"\x0bSocket-Type\0\0\0\3SUB"
+_SEALED_BYTES: Final = 64  # at least what a seal adds to a frame
 _PING_TTL: Final = b"\0\x3c"  # 6 s, in tenths
 
 
 def frame(body: bytes, flags: int = 0) -> bytes:
-    """A frame as it goes over the wire; of up to 255 bytes, as all are that a subscriber sends."""
+    """A frame as it goes over the wire."""
+    if len(body) > 255:
+        return bytes((flags | _LONG,)) + len(body).to_bytes(8, "big") + body
     return bytes((flags, len(body))) + body
+
+
+def greeting(mechanism: bytes) -> bytes:
+    """What each side says first, of security `NULL` or `CURVE`."""
+    return _SIGNATURE + b"\3\0" + mechanism.ljust(20, b"\0") + b"\0" * 32
 
 
 class ZmtpSubscription(asyncio.Protocol):
     """One publisher, heard from `open` until `close`, over as many connections as it takes.
 
     `on_message` gets the frames of each message, from the socket's callback. `on_change` is called when it is, or is no
-    longer, subscribed: `connected` tells which. A frame of more than `max_bytes` ends the connection.
+    longer, subscribed: `connected` tells which. A frame of more than `max_bytes` ends the connection. `secure` makes
+    the CURVE session of each connection; without it they are in the clear, and then those only.
     """
 
     def __init__(
@@ -46,11 +58,17 @@ class ZmtpSubscription(asyncio.Protocol):
         max_bytes: int,
         on_message: Callable[[list[bytes]], None],
         on_change: Callable[[], None],
+        secure: "Callable[[], CurveSession] | None" = None,
     ) -> None:
         self.connected = False
+        self.trouble = ""
+        """Why the last connection was closed from here, if it was."""
         self._where = host, port
         self._topic = topic
-        self._max_bytes = max_bytes
+        self._max_bytes = max_bytes + (_SEALED_BYTES if secure else 0)
+        self._secure = secure
+        self._session: CurveSession | None = None
+        self._mechanism = b"CURVE" if secure else b"NULL"
         self._on_message = on_message
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
@@ -101,6 +119,7 @@ class ZmtpSubscription(asyncio.Protocol):
             self._abort("it did not say what a publisher says first")
 
     def _abort(self, why: str) -> None:
+        self.trouble = why
         log.debug("closing the connection to the publisher at %s:%d: %s", *self._where, why)
         if self._transport is not None:
             self._transport.abort()
@@ -113,7 +132,7 @@ class ZmtpSubscription(asyncio.Protocol):
         if silent_s > silence_s:
             self._abort(f"nothing was heard for {silent_s:.0f} s")
         else:
-            self._transport.write(frame(b"\4PING" + _PING_TTL, _COMMAND))
+            self._say(b"\4PING" + _PING_TTL, _COMMAND)
 
     def pause(self, paused: bool) -> None:
         """Read nothing for a while. What the publisher says meanwhile waits in its queue."""
@@ -132,7 +151,12 @@ class ZmtpSubscription(asyncio.Protocol):
         self._kept.clear()
         self._frames = []
         self._needed, self._greeted, self._heard_at = _GREETING_BYTES, False, 0.0
-        own.write(_GREETING)
+        try:
+            self._session = self._secure() if self._secure is not None else None
+        except ValueError as e:
+            self._abort(str(e))
+            return
+        own.write(greeting(self._mechanism))
         if self._paused:
             own.pause_reading()
 
@@ -154,12 +178,12 @@ class ZmtpSubscription(asyncio.Protocol):
             data = bytes(self._kept)
             self._kept.clear()
         if not self._greeted:
-            if data[:1] != b"\xff" or data[9] & 1 == 0 or data[10] < 3 or data[12:17] != b"NULL\0":
-                self._abort("it does not speak ZMTP 3 without security")
+            if data[:1] != b"\xff" or data[9] & 1 == 0 or data[10] < 3 or data[12:32].rstrip(b"\0") != self._mechanism:
+                self._abort(f"it does not speak ZMTP 3 with security {self._mechanism.decode()}")
                 return
             self._greeted = True
             data = data[_GREETING_BYTES:]
-            self._write(frame(_READY, _COMMAND))
+            self._write(frame(self._session.hello() if self._session else b"\5READY" + _METADATA, _COMMAND))
         try:
             rest = self._take(data)
         except ValueError as e:
@@ -189,27 +213,53 @@ class ZmtpSubscription(asyncio.Protocol):
                 self._needed = body + size - at
                 return at
             at = body + size
+            held = data[body:at]
+            if self._session is not None:
+                if not self._session.ready:
+                    self._agree(self._session, held)
+                    continue
+                inner, held = self._session.open(held)
+                flags = (inner & _MORE) | (_COMMAND if inner & _SEALED_COMMAND else 0)
             if flags & _COMMAND:
-                self._on_command(data[body:at])
+                self._on_command(held)
                 continue
-            frames.append(data[body:at])
+            if not self.connected:
+                raise ValueError("a message before it said that it is ready")
+            frames.append(held)
             if not flags & _MORE:
                 self._frames = []
                 self._heard_at = self._loop.time()
                 self._on_message(frames)
                 frames = self._frames
 
+    def _agree(self, session: "CurveSession", command: bytes) -> None:
+        """One step of the handshake. Raises ValueError."""
+        answer = session.answer(command, _METADATA)
+        if answer is not None:
+            self._write(frame(answer, _COMMAND))
+        else:
+            self._on_ready()
+
+    def _on_ready(self) -> None:
+        self._heard_at = self._loop.time()
+        self._say(b"\1" + self._topic)
+        if not self.connected:
+            self.connected = True
+            self._on_change()
+
     def _on_command(self, body: bytes) -> None:
         self._heard_at = self._loop.time()
-        if body.startswith(b"\5READY"):
-            self._write(frame(b"\1" + self._topic))
-            if not self.connected:
-                self.connected = True
-                self._on_change()
+        if body.startswith(b"\5READY") and self._session is None:
+            self._on_ready()
         elif body.startswith(b"\4PING"):
-            self._write(frame(b"\4PONG" + body[7:23], _COMMAND))  # with what stands behind its time to live
+            self._say(b"\4PONG" + body[7:23], _COMMAND)  # with what stands behind its time to live
         elif body.startswith(b"\5ERROR"):
             raise ValueError(f"the publisher says {body[7:].decode(errors='replace')!r}")
+
+    def _say(self, body: bytes, flags: int = 0) -> None:
+        if self._session is not None:
+            body, flags = self._session.seal(body, _SEALED_COMMAND if flags & _COMMAND else 0), 0
+        self._write(frame(body, flags))
 
     def _write(self, data: bytes) -> None:
         if self._transport is not None:
