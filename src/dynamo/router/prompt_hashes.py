@@ -122,7 +122,7 @@ class PromptHashes:
 class LazyHashes(Sequence[int]):
     """The sequence hashes of a prompt, hashed as far as they are looked at."""
 
-    __slots__ = ("_count", "_hashes_of", "_known", "_next", "_parts", "_reached", "_seed", "_token_ids")
+    __slots__ = ("_count", "_hashes_of", "_known", "_next", "_parts", "_reached", "_seed", "_step", "_token_ids")
 
     def __init__(self, hashes_of: PromptHashes, token_ids: Sequence[int], seed: int) -> None:
         self._hashes_of = hashes_of
@@ -136,6 +136,9 @@ class LazyHashes(Sequence[int]):
         self._reached = hashes_of.beginning(seed)
         if self._parts:
             self._look_up()
+        self._step = 1 if self._known else hashes_of.chunk_tokens // hashes_of.block_size
+        """Blocks to hash next at least. Behind a remembered beginning a prompt is often one of its own from the first
+        block on; so little is hashed there at first, and then twice as much each time."""
 
     def _look_up(self) -> None:
         """Know what is remembered of the parts that the prompt begins with."""
@@ -153,8 +156,9 @@ class LazyHashes(Sequence[int]):
         """Know at least so many."""
         known, hashes_of = self._known, self._hashes_of
         while len(known) < end:
-            at = len(known) * hashes_of.block_size
-            part = self._token_ids[at : at + hashes_of.chunk_tokens]
+            at, blocks = len(known) * hashes_of.block_size, max(self._step, end - len(known))
+            self._step *= 2
+            part = self._token_ids[at : at + min(blocks * hashes_of.block_size, hashes_of.chunk_tokens)]
             known += hashes_of.chunk(part, self._seed, known[-1] if known else None)
         if self._next < len(self._parts):
             self._remember()
