@@ -8,7 +8,7 @@ HELP = """\
 usage: dynamo COMMAND ...
 
   run          serve a model by one command and use it: HTTP, terminal chat, stdin, or a batch file
-  doctor       who is there, and does each worker answer?
+  doctor       will this machine run it, and with what? (--workers: who is there, and does each answer?)
   demo-model   make a small model that speaks nonsense, to try things with
   event-keys   make keys that events over ZeroMQ are sealed with
   replay       simulate workers and routing on a trace, without any (python -m dynamo.replay)
@@ -58,7 +58,7 @@ def main() -> int:
 
         return run(rest)
     if word == "doctor":
-        from dynamo.cli.doctor import main as doctor
+        from dynamo.doctor.main import main as doctor
 
         return doctor(rest)
     if word == "demo-model":

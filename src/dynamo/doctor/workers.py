@@ -5,7 +5,7 @@ import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dynamo.runtime.nats.transport import Exchange
 
 ANSWER_S = 3.0  # as long as a caller waits for a connection
-EXIT_FINE, EXIT_ILL, EXIT_USAGE = 0, 1, 2
+EXIT_FINE, EXIT_ILL = 0, 1
 
 
 class _CardName(msgspec.Struct):
@@ -81,20 +81,27 @@ class _Ways:
     """How to reach workers: by TCP, and by way of NATS, which is connected to when the first is found there."""
 
     def __init__(self) -> None:
+        self._one_connects = asyncio.Lock()
         self._link: NatsLink | None = None
         self._exchange: Exchange | None = None
 
     async def prepare(self, host_port: str) -> None:
         """Connect to NATS if this address needs it."""
-        if host_port.startswith(NATS) and self._exchange is None:
-            from dynamo.runtime.nats.link import NatsLink
-            from dynamo.runtime.nats.settings import NatsSettings
-            from dynamo.runtime.nats.transport import Exchange
+        if not host_port.startswith(NATS):
+            return
+        async with self._one_connects:
+            if self._exchange is None:
+                await self._connect()
 
-            settings = dataclasses.replace(NatsSettings.from_environ(), startup_s=0.0)
-            self._link = NatsLink(settings, "dynamo doctor", Metrics(0))
-            await self._link.start()
-            self._exchange = Exchange(self._link)
+    async def _connect(self) -> None:
+        from dynamo.runtime.nats.link import NatsLink
+        from dynamo.runtime.nats.settings import NatsSettings
+        from dynamo.runtime.nats.transport import Exchange
+
+        settings = dataclasses.replace(NatsSettings.from_environ(), startup_s=0.0)
+        self._link = NatsLink(settings, "dynamo doctor", Metrics(0))
+        await self._link.start()
+        self._exchange = Exchange(self._link)
 
     async def dial(self, host_port: str, pinger: _Pinger) -> None:
         """Connect to a worker. `prepare` comes first."""
@@ -142,7 +149,7 @@ async def examine(backend: str | None) -> list[Finding]:
     models = {key.removeprefix(f"{MODEL_CARDS}/"): _model_name(value) for key, value in cards.items()}
     ways = _Ways()
     try:
-        return [await _examine_one(found, ways) for found in _found(records, models)]
+        return list(await asyncio.gather(*(_examine_one(found, ways) for found in _found(records, models))))
     finally:
         await ways.close()
 
@@ -179,22 +186,21 @@ def _model_name(card: bytes) -> str:
         return "unreadable card"
 
 
-def main(argv: Sequence[str]) -> int:
-    """`dynamo doctor`: print what is found; the exit status is 1 if an instance does not answer."""
-    parser = OptionParser("dynamo doctor", "Who is there, which model does each serve, and does it answer?")
-    parser.option(
-        parser.add_argument_group("where"), "--discovery-backend", env="DYN_DISCOVERY_BACKEND", metavar="NAME",
-        help="which discovery to look into: file or etcd",
-    )  # fmt: skip
-    args = parser.parse(argv)
+def look(backend: str | None) -> tuple[str, list[Finding]]:
+    """The discovery that is used, and what was found there. Raises DiscoveryError, or ValueError for a bad name."""
+    chosen = choose_backend(backend)
+    return chosen, asyncio.run(examine(chosen))
+
+
+def show(backend: str | None, parser: OptionParser) -> int:
+    """`dynamo doctor --workers`: print what is found; the exit status is 1 if an instance does not answer."""
     console = Console(soft_wrap=True)
     console.print(f"dynamo {__version__}, Python {platform.python_version()}, {_engine()}", highlight=False)
     try:
-        backend = choose_backend(args.discovery_backend)
-        findings = asyncio.run(examine(backend))
+        chosen, findings = look(backend)
     except (ValueError, DynamoException) as e:
         parser.error(str(e))
-    console.print(f"discovery: {backend}{_place(backend)}", highlight=False)
+    console.print(f"discovery: {chosen}{_place(chosen)}", highlight=False)
     if not findings:
         console.print("nobody is there. Workers and frontends must use the same discovery; start one and look again.")
         return EXIT_FINE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynamo.cli.doctor import examine
+from dynamo.doctor.workers import examine
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.instances import instance_record
@@ -65,7 +65,7 @@ async def test_a_stranger_on_the_port_is_told(shared: DistributedRuntime) -> Non
 async def test_a_hung_worker_is_told_in_bounded_time(
     shared: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dynamo.cli.doctor.ANSWER_S", 0.2)
+    monkeypatch.setattr("dynamo.doctor.workers.ANSWER_S", 0.2)
     async with await asyncio.start_server(lambda r, w: None, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
         await register(shared, f"{host}:{port}")
