@@ -28,6 +28,7 @@ from dynamo.router.replica_sync import ReplicaSync
 from dynamo.router.route_request import route_request, says_nothing
 from dynamo.router.router_metrics import RouterMetrics, base_labels
 from dynamo.router.scheduler import KvScheduler
+from dynamo.router.silent_workers import SilentWorkers
 from dynamo.router.stats import TIMED_EVERY, RouterStats
 from dynamo.router.status import router_status
 from dynamo.router.ticket import Ticket
@@ -105,8 +106,7 @@ class ModelRouter:
         self.affinity: SessionAffinity | None = None
         if config.session_affinity_ttl_secs is not None:
             self.affinity = SessionAffinity(config.session_affinity_ttl_secs, config.session_affinity_mode)
-        self.silent: dict[WorkerKey, str] = {}
-        """Workers whose cache cannot be known, and why."""
+        self.silent = SilentWorkers(self.name, self.block_size, uses_events=self.index is not None)
         self._metrics: RouterMetrics | None = None
         self.feed: KvEventFeed | None = None
         self.sync: ReplicaSync | None = None
@@ -234,7 +234,8 @@ class ModelRouter:
         self._workers = {}
         for worker in wanted:
             self._workers.setdefault(worker.worker_id, []).append(worker)
-        self._check_cards()
+        for worker_id, card in self._fleet.cards().items():
+            self.silent.check(self._workers.get(worker_id, ()), card)
         self._pump()
 
     def _worker_left(self, worker: WorkerKey) -> None:
@@ -245,34 +246,6 @@ class ModelRouter:
             self.guess.remove_worker(worker)
         if self.affinity is not None:
             self.affinity.forget(worker)
-
-    def _check_cards(self) -> None:
-        """Say loudly of whose cache nothing will ever be known."""
-        assert self._fleet is not None
-        for worker_id, card in self._fleet.cards().items():
-            why = self._why_silent(card)
-            for worker in self._workers.get(worker_id, ()):
-                if why is None:
-                    self.silent.pop(worker, None)
-                elif self.silent.get(worker) != why:
-                    self.silent[worker] = why
-                    log.error(
-                        "KV routing of %s does not know what worker %x, rank %d has cached: %s",
-                        self.name,
-                        *worker,
-                        why,
-                    )
-
-    def _why_silent(self, card: ModelDeploymentCard) -> str | None:
-        size = card.kv_cache_block_size
-        if size is not None and size != self.block_size:
-            return f"its KV blocks have {size} tokens, this router's {self.block_size}. Give both the same size"
-        if self.index is not None and not card.runtime_config.kv_event_publishing_enabled:
-            return (
-                "it publishes no KV events, so requests go there by load alone. Start it with prefix caching and KV "
-                "events, or this router with --no-router-kv-events to guess from what it sends"
-            )
-        return None
 
     # --- routing
 
