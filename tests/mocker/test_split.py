@@ -371,13 +371,49 @@ async def test_decode_may_start_before_prefill(runtime: DistributedRuntime, mode
         await eventually(lambda: three.in_use("prefill") == 0)
 
 
-async def test_prefill_may_end_before_decode_starts(runtime: DistributedRuntime, model_dir: Path) -> None:
+async def test_a_prompt_may_be_computed_before_decode_starts_and_ends_when_its_kv_was_fetched(
+    runtime: DistributedRuntime, model_dir: Path
+) -> None:
     async with trio(runtime, model_dir) as three:
         wanted = meeting(three, request(range(40)), 8)
-        await three.ask("prefill", wanted)
+        stream = await three.clients["prefill"].generate(msgspec.to_builtins(wanted), annotated=False)
+        first = await anext(stream)
+        assert "finish_reason" not in first
         assert three.in_use("prefill") == 40 // BLOCK
-        assert of(await three.ask("decode", wanted)) == of(await three.ask("agg", request(range(40))))
+        answer = of(await three.ask("decode", wanted))
+        assert answer == of(await three.ask("agg", request(range(40))))
+        assert answer[0] == first["token_ids"][0]
+        (end,) = [item async for item in stream]
+        assert end["finish_reason"] == "length"
+        assert three.in_use("prefill") == 0
+
+
+async def test_a_prompt_that_waits_for_a_decode_worker_is_forgotten_when_it_is_cancelled(
+    runtime: DistributedRuntime, model_dir: Path
+) -> None:
+    async with trio(runtime, model_dir) as three:
+        wanted = meeting(three, request(range(40)), 8)
+        stream = await three.clients["prefill"].generate(msgspec.to_builtins(wanted), annotated=False)
+        await anext(stream)
+        await stream.aclose()
         await eventually(lambda: three.in_use("prefill") == 0)
+        assert of(await three.ask("decode", wanted)) == of(await three.ask("agg", request(range(40))))
+        assert three.recomputed("unreachable") == 1
+
+
+async def test_further_choices_wait_for_the_one_that_meets_the_prefill_worker(
+    runtime: DistributedRuntime, model_dir: Path
+) -> None:
+    async with trio(runtime, model_dir) as three:
+        wanted = meeting(three, request(range(40)), 8)
+        wanted.sampling_options.n, wanted.sampling_options.seed = 3, 5
+        whole = msgspec.structs.replace(wanted, bootstrap_info=None)
+        decoding = asyncio.ensure_future(three.ask("decode", wanted))
+        await three.ask("prefill", wanted)
+        answer, expected = await decoding, await three.ask("agg", whole)
+        assert [of(answer, i) for i in range(3)] == [of(expected, i) for i in range(3)]
+        computed = three.engines["decode"].schedulers[0].stats.prompt_tokens.value
+        assert computed <= 2 * BLOCK  # what each of the two others cannot have from a cache
 
 
 async def test_a_room_whose_prompt_is_given_up_is_recomputed(runtime: DistributedRuntime, model_dir: Path) -> None:

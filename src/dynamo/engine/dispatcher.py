@@ -1,8 +1,8 @@
 """How do requests from the wire become choices in an engine, and its outputs streams again?
 
 One request with `n` choices becomes `n` submissions, numbered and seeded apart. Where a prefill worker computed the
-prompt, the first choice fetches its KV and the others follow when it is here. All that an engine puts out in one
-step goes to its streams in one call of `on_outputs`, so that it leaves in one frame for each caller.
+prompt, or does now, the first choice fetches its KV and the others follow when it is here. All that an engine puts out
+in one step goes to its streams in one call of `on_outputs`, so that it leaves in one frame for each caller.
 """
 
 import itertools
@@ -142,11 +142,12 @@ class Dispatcher:
         """Give all choices of an admitted request to the engine."""
         try:
             count = 1 if request.way.one_choice else _num_choices(request.payload)
+            computed_elsewhere = (request.payload.prefill_result, request.payload.bootstrap_info) != (None, None)
             for index in range(count):
                 engine_id = self._unused_id(request.stream.context.id(), index, count)
                 request.choices[engine_id] = index
                 self._choices[engine_id] = _Choice(request, index)
-                if index and request.payload.prefill_result is not None:
+                if index and computed_elsewhere:
                     request.followers.append(engine_id)
                 else:
                     payload = request.payload if count == 1 else _choice_of(request.payload, index)

@@ -19,6 +19,7 @@ from dynamo.frontend.bodies import CachedTokens, Usage
 from dynamo.frontend.errors import error_answer
 from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics, RequestMeter
+from dynamo.frontend.stream_facts import explain
 from dynamo.llm.output import TextDelta
 from dynamo.llm.protocols.engine import EngineOutput
 from dynamo.runtime.errors import Cancelled, ConnectionTimeout, DynamoException
@@ -187,7 +188,7 @@ class Answer(ABC):
     def worker_fields(self) -> dict[str, Any]:
         """The `worker_id` object of nvext [N12]: which worker did the prefill, which the decode."""
         stream = self.streams[0]
-        prefill = stream.remote if stream.remote is not None and stream.remote.took_s else stream
+        prefill = stream.remote if stream.remote is not None and stream.remote.serves else stream
         fields: dict[str, Any] = {
             "prefill_worker_id": prefill.instance_id,
             "decode_worker_id": stream.instance_id,
@@ -217,5 +218,5 @@ class Answer(ABC):
 
     def routing(self) -> dict[str, Any] | list[dict[str, Any]]:
         """The `routing` object of nvext: why each prompt went where it did. A list if there are several prompts."""
-        explained = [stream.explain_routing() for stream in self.streams]
+        explained = [explain(stream) for stream in self.streams]
         return explained[0] if len(explained) == 1 else explained

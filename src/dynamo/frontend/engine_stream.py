@@ -18,7 +18,8 @@ from dynamo.frontend.metrics import Push
 from dynamo.frontend.migration import RETRY_S, Migration
 from dynamo.frontend.pools import Workers
 from dynamo.frontend.remote_prefill import RemotePrefill, Unpaired, give_seed
-from dynamo.frontend.route import OutputBlocks, Route, explained_route, name_rank, wanted_of
+from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
+from dynamo.frontend.stream_facts import note_worker
 from dynamo.llm.output import ChoiceDecoder, TextDelta
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest, Routing
 from dynamo.router.computed_elsewhere import computed_elsewhere
@@ -63,7 +64,6 @@ class EngineStream:
 
     __slots__ = (
         "_answer",
-        "_attempts",
         "_blocks",
         "_choices",
         "_computing",
@@ -73,6 +73,7 @@ class EngineStream:
         "_unfinished",
         "_wanted",
         "_workers",
+        "attempts",
         "context",
         "dispatched_at",
         "dp_rank",
@@ -102,7 +103,7 @@ class EngineStream:
         timed = answer.metrics.text.maybe_timed
         self._choices = [_Choice(each, first_number + i, timed(each.push)) for i, each in enumerate(decoders)]
         self._unfinished = len(decoders)
-        self._attempts = 0
+        self.attempts = 0
         self.context = context
         self.instance_id: int | None = None
         self.dp_rank = request.routing.dp_rank if request.routing is not None else None
@@ -128,8 +129,8 @@ class EngineStream:
         if pool is None or self.remote is not None:
             self._dispatch()
             return
-        done, failed, pairs = self._prefilled, self._not_prefilled, self._workers.pairs
-        remote = RemotePrefill(pool, self._request, self.context, done, failed, self.flush, pairs)
+        ways = self._prefilled, self._not_prefilled, self._meets
+        remote = RemotePrefill(pool, self._request, self.context, *ways, self.flush, self._workers.pairs)
         split = self._workers.split
         if split is None:
             self._prefill(remote)
@@ -141,7 +142,7 @@ class EngineStream:
         if self._travels(split, remote):
             self._prefill(remote)
         else:
-            self._attempts += 1
+            self.attempts += 1
             self._dispatch_at = perf_counter()
             self._place(split.decode, self._make_route(split.decode))
 
@@ -170,8 +171,11 @@ class EngineStream:
     def _prefilled(self, output: EngineOutput) -> None:
         """The first token, which goes to the client at once; the decode worker goes on from there."""
         remote = self.remote
-        assert remote is not None
         answer = self._answer
+        if self._request.bootstrap_info is not None:
+            answer.metrics.prefills.labels("done").value += 1
+            return
+        assert remote is not None
         if answer.closed:
             remote.cancel()
             return
@@ -185,6 +189,16 @@ class EngineStream:
             remote.cancel()  # the first token was the last
             return
         self._request.prefill_result = {"disaggregated_params": remote.take_handle(), "token_ids": tokens}
+        self._go_on_from(remote)
+
+    def _meets(self, meeting: dict[str, Any]) -> None:
+        """The prefill worker has the prompt. The decode worker gets it now, and waits for the KV by itself."""
+        remote = self.remote
+        assert remote is not None
+        self._request.bootstrap_info = meeting
+        self._go_on_from(remote)
+
+    def _go_on_from(self, remote: RemotePrefill) -> None:
         routing = self._request.routing = self._request.routing or Routing()
         routing.prefill_worker_id, routing.prefill_dp_rank = remote.instance_id, remote.dp_rank
         self._try(self._dispatch)
@@ -193,21 +207,26 @@ class EngineStream:
         """Then the decode worker computes the prompt, too: the client sees latency only."""
         if self.ended or self._answer.closed:
             return
+        if self._request.bootstrap_info is not None:
+            if self.completion_tokens:  # it had what it waited for
+                return
+            self._leave_meeting()
         shed = isinstance(error, WorkerOverloaded | RouterQueueLimitExceeded)
         outcome = "shed" if shed else "unpaired" if isinstance(error, Unpaired) else "lost"
         self._answer.metrics.prefills.labels(outcome).value += 1
         level = logging.INFO if shed else logging.WARNING
         log.log(level, "request %s is computed by a decode worker alone: %s", self.context.id(), error)
-        self._try(self._dispatch)
+        # Not now: if a connection broke, the request plane first takes its worker out of rotation.
+        asyncio.get_running_loop().call_soon(self._try, self._dispatch)
 
     def _dispatch(self) -> None:
         """Choose a worker and send the prompt, now, or soon where a router says where. Raises what says that it cannot
         be sent."""
-        self._attempts += 1
+        self.attempts += 1
         self._dispatch_at = perf_counter()
         router = self._workers.router
         if router is None:
-            near = self.remote.near if self.remote is not None and self._request.prefill_result is not None else None
+            near = self.remote.near if self.remote is not None and self.has_prefill else None
             self._send(self._workers.choose(self._request, near))
         else:
             router.turn.ask(partial(self._try, self._ask, router))
@@ -233,7 +252,7 @@ class EngineStream:
         if self.route is None:
             wanted = self._wanted or wanted_of(router, self._request, self.context)
             self._wanted = None  # of this prompt, and of this way to it
-            if self._request.prefill_result is not None:
+            if self.has_prefill:
                 computed_elsewhere(wanted)
                 if self.remote is not None:
                     self.remote.stay_near(wanted)
@@ -250,7 +269,7 @@ class EngineStream:
 
     def _refuse(self, error: DynamoException) -> None:
         """There will be no answer."""
-        if self._leaves_place(error) or self._waits_for_worker(error):
+        if self._leaves_place(error) or self._works_alone(error) or self._waits_for_worker(error):
             return
         self._give_up_handle()
         if self._migration is not None:
@@ -286,7 +305,7 @@ class EngineStream:
         self.dispatched_at = now = perf_counter()
         answer.metrics.route_seconds.observe(now - self._dispatch_at)
         answer.active_at = now
-        if self._request.prefill_result is None:
+        if not self.has_prefill:
             answer.dispatched_at = now
         self._workers.start_request(instance_id, self._request, self, self.context)
 
@@ -323,7 +342,7 @@ class EngineStream:
         if not 0 <= index < len(self._choices):
             self._broken(f"an output for choice {index} of {len(self._choices)}")
             return
-        if output.finish_reason == "cancelled" and self.move(EngineShutdown("the worker gave the request up")):
+        if output.finish_reason in ("cancelled", "error") and self._goes_on_after(output.finish_reason):
             return
         choice = self._choices[index]
         delta = choice.push(output)
@@ -354,7 +373,7 @@ class EngineStream:
             if delta.finish_reason is None or delta.token_count > 1 or self._unfinished > 1:
                 # Else the end comes with it, which says enough at half the cost.
                 self.route.first_token()
-            if output.engine_data is not None:
+            if output.engine_data is not None and self._request.prefill_result is not None:
                 self._workers.transfer.see(output.engine_data)
         if self._migration is not None:
             self._migration.end("success")
@@ -379,13 +398,15 @@ class EngineStream:
         if self._unfinished:
             return
         self.ended = True
+        if self.remote is not None:
+            self.remote.let_go()
         for each in self._choices:
             if each.decoder.stopped_early:
                 self.context.stop_generating()
                 break
         if self.route is not None:
             self.route.finish(self.completion_tokens, self.cached_tokens)
-        self._note_worker()
+        note_worker(self, self._answer)
         self._answer.stream_ended()
 
     def on_end(self) -> None:
@@ -400,16 +421,23 @@ class EngineStream:
         """See `StreamSink`. Where nothing was sent, another worker may get it."""
         if self.ended or self._answer.closed:
             return
-        if isinstance(error, CannotConnect) and self._attempts < MAX_ATTEMPTS:
-            # Not now: the request plane first takes the worker out of rotation.
+        if isinstance(error, CannotConnect) and self.attempts < MAX_ATTEMPTS:
+            # Not now, as above.
             asyncio.get_running_loop().call_soon(self._try, self._dispatch)
         elif not self.move(error):
             self._refuse(error)
 
     # --- from one worker to another
 
+    def _goes_on_after(self, finish_reason: str) -> bool:
+        """Whether an answer goes on that its worker ended so."""
+        error = EngineShutdown("the worker gave the request up")
+        return self._works_alone(error) if finish_reason == "error" else self.move(error)
+
     def move(self, error: DynamoException) -> bool:
         """Let another worker go on, if one may; the client sees a pause."""
+        if self._works_alone(error):
+            return True
         migration = self._migration
         if migration is None or self.ended or self._answer.closed:
             return False
@@ -434,8 +462,25 @@ class EngineStream:
         if self.route is not None:
             self.route.cancel()
         self.remote = self.route = self._wanted = self._blocks = self.instance_id = None
-        self._attempts, self._computing = 0, True
+        self.attempts, self._computing = 0, True
         self._answer.active_at = perf_counter()
+
+    def _works_alone(self, error: DynamoException) -> bool:
+        """Let a decode worker begin anew, where two were to meet and one of them failed before there was a token."""
+        if self._request.bootstrap_info is None or self.completion_tokens or not error.migratable:
+            return False
+        if self.ended or self._answer.closed:
+            return False
+        self._not_prefilled(error)
+        return True
+
+    def _leave_meeting(self) -> None:
+        """Let both workers forget the prompt. It is not sent to a prefill worker again: `remote` stays."""
+        remote = self.remote
+        self._leave_worker()
+        if remote is not None:
+            remote.meeting = self._request.bootstrap_info = None
+        self.remote = remote
 
     def _waits_for_worker(self, error: DynamoException) -> bool:
         """Where all workers are gone, others may come: a moment's wait costs less than the answer."""
@@ -453,16 +498,10 @@ class EngineStream:
 
     # --- facts
 
-    def explain_routing(self) -> dict[str, Any]:
-        """Why the prompt went where it did."""
-        explained = explained_route(self.route, self.instance_id) | {"attempts": self._attempts}
-        if self.split is not None:
-            explained["split"] = self.split
-        if self.remote is not None:
-            explained["prefill"] = explained_route(self.remote.route, self.remote.instance_id)
-            if self.remote.near is not None:
-                explained["near"] = self.remote.near.describe()
-        return explained
+    @property
+    def has_prefill(self) -> bool:
+        """Whether a prefill worker has computed the prompt, or does now."""
+        return self._request.prefill_result is not None or self._request.bootstrap_info is not None
 
     @property
     def completion_tokens(self) -> int:
@@ -480,21 +519,3 @@ class EngineStream:
                 moved = self._migration is not None and self._migration.moves
                 return min(count, self.prompt_tokens) if moved else count
         return None
-
-    def _note_worker(self) -> None:
-        meter = self._answer.meter
-        if self.instance_id is None or not meter.first_token_at:
-            return
-        first = meter.first_token_at
-        tokens = self.completion_tokens
-        ttft_s = first - self.dispatched_at
-        if self.remote is not None and self.remote.took_s:
-            ttft_s = self.remote.took_s  # the token was there before this worker was asked
-        self._answer.metrics.roundtrip_seconds.observe(ttft_s)
-        self._answer.metrics.worker_answered(
-            self.instance_id,
-            self.dp_rank,
-            self.prompt_tokens,
-            ttft_s,
-            (meter.last_token_at - first) / (tokens - 1) if tokens > 1 else 0.0,
-        )

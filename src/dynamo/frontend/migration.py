@@ -116,7 +116,7 @@ class Migration:
         original, tokens = self._original, self.tokens
         routing = None if self._routing is None else msgspec.structs.replace(self._routing)
         if not tokens:
-            return msgspec.structs.replace(original, routing=routing, prefill_result=None)
+            return msgspec.structs.replace(original, routing=routing, prefill_result=None, bootstrap_info=None)
         if routing is not None and routing.expected_output_tokens is not None:
             routing.expected_output_tokens = max(1, routing.expected_output_tokens - len(tokens))
         return msgspec.structs.replace(
@@ -128,6 +128,7 @@ class Migration:
             output_options=msgspec.structs.replace(original.output_options, prompt_logprobs=None),
             routing=routing,
             prefill_result=None,
+            bootstrap_info=None,
         )
 
 

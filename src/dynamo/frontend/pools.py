@@ -26,6 +26,9 @@ class PrefillPool(Protocol):
     def near(self, instance_id: int) -> Near | None:
         """Where the KV of this worker may, or should, go."""
 
+    def meeting(self, instance_id: int, dp_rank: int | None) -> dict[str, Any] | None:
+        """A new `bootstrap_info`, if this worker meets decode workers while it computes; None if it writes handles."""
+
     def keep(self, handle: dict[str, Any]) -> Keeping | None:
         """Let the KV not expire before a decode worker has the request."""
 

@@ -3,6 +3,9 @@
 A `RemotePrefill` is one prompt at one prefill worker. It ends once: with the worker's output, which holds the first
 token and the handle of the KV that the worker keeps, or with the reason why there is none. The handle is used once or
 given back; what is lost on the way is computed by the decode worker, and costs the client time only.
+
+A worker whose card names a bootstrap port gives no handle: it meets a decode worker there, which is asked at the same
+time and makes the first token, too (facts G9). `dynamo.frontend.meeting` has that side of it.
 """
 
 import logging
@@ -40,6 +43,8 @@ class RemotePrefill:
     Args:
         done: called with the worker's output: the first token, and `disaggregated_params` unless it was the last.
         failed: called with the reason why there will be none. Neither is called after `cancel`.
+        meets: called once the worker was asked, if a decode worker is to be asked at the same time, with what both get
+            as `bootstrap_info`. The output that `done` is called with then says no more than that the KV was fetched.
         pairs: whether a decode worker may have KV that must stay in a place.
         flush: called when all that came with one read of the socket was given to `done`.
     """
@@ -50,6 +55,7 @@ class RemotePrefill:
         "_early",
         "_failed",
         "_keeping",
+        "_meets",
         "_pairs",
         "_pool",
         "_request",
@@ -60,6 +66,7 @@ class RemotePrefill:
         "flush",
         "handle",
         "instance_id",
+        "meeting",
         "near",
         "route",
         "took_s",
@@ -73,6 +80,7 @@ class RemotePrefill:
         context: Context,
         done: Callable[[EngineOutput], None],
         failed: Callable[[DynamoException], None],
+        meets: Callable[[dict[str, Any]], None],
         flush: Callable[[], None],
         pairs: Callable[[Near], bool] = lambda near: True,
     ) -> None:
@@ -84,6 +92,7 @@ class RemotePrefill:
         self._context = context.detached(f"{context.id()}-prefill")
         self._done = done
         self._failed = failed
+        self._meets = meets
         self.flush = flush
         self._wanted: RouteRequest | None = None
         self.route: Route | None = None
@@ -91,6 +100,8 @@ class RemotePrefill:
         self.dp_rank: int | None = None
         self.handle: dict[str, Any] | None = None
         """Of the KV, until it is used."""
+        self.meeting: dict[str, Any] | None = None
+        """Where a decode worker meets this one, if they work at the same time."""
         self.waits = False
         """Whether the handle that was taken is no decode worker's yet."""
         self._keeping: Keeping | None = None
@@ -126,7 +137,15 @@ class RemotePrefill:
             # No KV may leave the place, and nobody is there to have it.
             self._fail(Unpaired(f"no decode worker has the taint {self.near.taint} of the prefill worker chosen"))
             return
+        self.meeting = self._request.bootstrap_info = self._pool.meeting(instance_id, self.dp_rank)
         self._pool.start_request(instance_id, self._request, self, self._context)
+        if self.meeting is not None and not self.ended:
+            self._meets(self.meeting)
+
+    @property
+    def serves(self) -> bool:
+        """Whether the prompt is, or was, computed for the decode worker: not if that does it alone."""
+        return self.took_s > 0 or self.meeting is not None
 
     def take_handle(self) -> dict[str, Any] | None:
         """The handle, for its one use."""
@@ -143,6 +162,11 @@ class RemotePrefill:
                 self.route.cancel()
         if (handle := self.take_handle()) is not None:
             self.give_back(handle)
+
+    def let_go(self) -> None:
+        """The answer is complete. A worker that has not even computed the prompt by now does it for nobody."""
+        if self.meeting is not None and not self.ended and self._early is None:
+            self.cancel()
 
     def stay_near(self, wanted: RouteRequest) -> None:
         """Let the router send the request where the KV may, or should, go [K48]."""
@@ -198,7 +222,9 @@ class RemotePrefill:
             self._fail(StreamIncomplete(f"the prefill worker ended the prompt with {output.finish_reason}"))
         elif output.finish_reason is None:
             self._early = output
-        elif output.finish_reason == "length" and output.disaggregated_params is None:
+            if self.route is not None:
+                self.route.first_token()
+        elif output.finish_reason == "length" and output.disaggregated_params is None and self.meeting is None:
             self._fail(StreamIncomplete("the prefill worker made a first token and kept nothing to go on from"))
         else:
             self._finish(output)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from dynamo.frontend.meeting import new_room
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.llm import kv_lease, topology
 from dynamo.llm.kv_lease import Keeping
@@ -373,6 +374,11 @@ class WorkerSet:
         """Where the KV of this prefill worker may, or should, go."""
         card = self.workers.get(instance_id)
         return topology.near(card.runtime_config) if card is not None else None
+
+    def meeting(self, instance_id: int, dp_rank: int | None) -> dict[str, Any] | None:
+        """Where a decode worker meets this prefill worker, for one prompt: its bootstrap port, and a new room."""
+        card = self.workers.get(instance_id)
+        return new_room(card.runtime_config, dp_rank) if card is not None else None
 
     def pairs(self, near: Near) -> bool:
         """Whether some worker here may have the KV of a prefill worker."""

@@ -23,6 +23,7 @@ _HELLO = struct.Struct(">4sQ")
 _MAGIC = b"DYNB"
 READY, GONE, DONE = b"\x01", b"\x00", b"\x02"
 MAX_ROOMS = 65_536  # rooms waited for or held; more is a caller that makes numbers up
+MAX_GONE = 4096  # rooms that are remembered, so that who comes late need not wait for nothing
 
 
 @dataclass(slots=True)
@@ -43,6 +44,7 @@ class BootstrapServer:
     host: str = ""
     port: int = 0
     _rooms: dict[int, _Room] = field(default_factory=dict)
+    _gone: dict[int, None] = field(default_factory=dict)
     _server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> None:
@@ -70,6 +72,9 @@ class BootstrapServer:
 
     def gone(self, number: int) -> None:
         """The prompt of a room will not be computed, or its KV is not wanted any more."""
+        self._gone[number] = None
+        if len(self._gone) > MAX_GONE:
+            del self._gone[next(iter(self._gone))]
         room = self._rooms.pop(number, None)
         if room is None:
             return
@@ -82,7 +87,7 @@ class BootstrapServer:
 
     def _room(self, number: int) -> _Room | None:
         room = self._rooms.get(number)
-        if room is None and len(self._rooms) < MAX_ROOMS:
+        if room is None and number not in self._gone and len(self._rooms) < MAX_ROOMS:
             room = self._rooms[number] = _Room(asyncio.get_running_loop().create_future())
         return room
 

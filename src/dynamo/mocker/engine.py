@@ -221,9 +221,10 @@ class MockerEngine:
     def _shows(self, request_id: str, output: EngineOutput) -> bool:
         """Whether the caller is to see it, once its role has looked at it."""
         role = self._role_of.get(request_id)
-        if output.finish_reason is not None:
+        shown = role is None or role.on_output(request_id, output)
+        if output.finish_reason is not None:  # a role may keep the end back
             self._role_of.pop(request_id, None)
-        return role is None or role.on_output(request_id, output)
+        return shown
 
     def abort(self, request_id: str) -> None:
         """See `LLMEngine.abort`."""

@@ -40,6 +40,9 @@ class Inner(Protocol):
     def fail(self, request_id: str, error: Exception) -> None:
         """End a request that no scheduler has."""
 
+    def deliver(self, outputs: list[tuple[str, EngineOutput]]) -> None:
+        """Hand on outputs that no step made."""
+
 
 class Bootstrap(msgspec.Struct):
     """`PreprocessedRequest.bootstrap_info`."""
@@ -71,6 +74,7 @@ class Prefill:
         self._engine_id = secrets.token_hex(8)
         self._requests: dict[str, PreprocessedRequest] = {}
         self._kept: dict[str, Callable[[], None]] = {}
+        self._ends: dict[str, EngineOutput] = {}  # request id → its last output, which waits for its reader
         self.bootstrap: BootstrapServer | None = None
         ledger.free = self._free
 
@@ -89,17 +93,21 @@ class Prefill:
             self._requests[request_id] = request
 
     def on_output(self, request_id: str, output: EngineOutput) -> bool:
-        """Add a handle to the last output. The caller sees all of them."""
+        """Add a handle to the last output; where a decode worker is met, keep its end back. The caller sees it all."""
         request = self._requests.pop(request_id, None)
         if request is None or output.finish_reason is None:
             return True
         free = self._inner.take_kept(request_id)
         meeting = bootstrap_of(request)
-        if output.finish_reason != "length":
+        if meeting is not None and self.bootstrap is not None:
+            end = EngineOutput(finish_reason=output.finish_reason, stop_reason=output.stop_reason)
+            end.completion_usage, output.completion_usage = output.completion_usage, None
+            output.finish_reason = output.stop_reason = None
+            self._ends[request_id] = end
+            self._requests[request_id] = request  # until its KV is not needed any more
+            self.bootstrap.ready(meeting.bootstrap_room, lambda: self._fetched(request_id, free))
+        elif output.finish_reason != "length":
             free()
-            self._leave(meeting)
-        elif meeting is not None and self.bootstrap is not None:
-            self.bootstrap.ready(meeting.bootstrap_room, free)
         else:
             key = secrets.token_hex(8)
             self._kept[key] = free
@@ -117,13 +125,19 @@ class Prefill:
             )
         return True
 
+    def _fetched(self, request_id: str, free: Callable[[], None]) -> None:
+        """The decode worker has what it came for, or will not come: the request ends here."""
+        free()
+        end = self._ends.pop(request_id, None)
+        if end is not None:
+            del self._requests[request_id]
+            self._inner.deliver([(request_id, end)])
+
     def forget(self, request_id: str) -> None:
         """It was aborted or failed."""
         request = self._requests.pop(request_id, None)
-        if request is not None:
-            self._leave(bootstrap_of(request))
-
-    def _leave(self, meeting: Bootstrap | None) -> None:
+        self._ends.pop(request_id, None)
+        meeting = bootstrap_of(request) if request is not None else None
         if meeting is not None and self.bootstrap is not None:
             self.bootstrap.gone(meeting.bootstrap_room)
 
@@ -215,6 +229,7 @@ class Decode:
         done = False
         try:
             if await fetch.ready():
+                takeover.began = asyncio.get_running_loop().time()
                 seconds = self._timing.seconds(tokens)
                 await asyncio.sleep(seconds)
                 done = True
