@@ -1,6 +1,7 @@
 """Are vLLM's cache events read in all their forms, and is nothing missed? Without vLLM: its socket is played here."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 import zmq
+from hypothesis import given
+from hypothesis import strategies as st
 from zmq.asyncio import Context
 
 from dynamo.engine.zmq_kv_events import BlockSizeError, KvEventDecoder, KvEventRelay, TieredEvents, local_endpoint
@@ -307,3 +310,49 @@ async def test_what_was_before_a_late_view_is_no_loss_and_what_comes_later_is(pu
         assert await heard.next(3) == [2, None, 4]
     finally:
         await relay.close()
+
+
+_HASH = st.integers(-(1 << 63), (1 << 64) - 1) | st.binary(max_size=32)
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(max_size=4) | _HASH,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+_FIELDS = {
+    "block_hashes": st.lists(_HASH, max_size=3) | _ANY,
+    "parent_block_hash": st.none() | _HASH | _ANY,
+    "token_ids": st.lists(st.integers(0, 1 << 33), max_size=8) | _ANY,
+    "block_size": st.integers(-1, 4) | _ANY,
+    "medium": st.sampled_from(["GPU", "CPU", None, "x"]) | _ANY,
+    "lora_name": st.none() | st.text(max_size=3) | _ANY,
+    "extra_keys": st.none() | st.lists(st.none() | st.lists(st.text(max_size=2), max_size=2), max_size=2) | _ANY,
+    "group_idx": st.none() | st.integers(0, 2) | _ANY,
+}
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries(
+            {"type": st.sampled_from(["BlockStored", "BlockRemoved", "AllBlocksCleared", "New"]) | _ANY},
+            optional=_FIELDS,
+        )
+        | _ANY,
+        max_size=3,
+    )
+    | _ANY
+)
+def test_whatever_an_engine_says_is_a_batch_or_a_value_error(events: Any) -> None:
+    decoder = KvEventDecoder()
+    with contextlib.suppress(ValueError):
+        decoder.decode(msgspec.msgpack.encode([1.0, events, 0]))
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_batch_are_a_value_error(payload: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        KvEventDecoder().decode(payload)
+
+
+def test_a_batch_nested_without_end_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="not a batch"):
+        KvEventDecoder().decode(b"\x92\x01" + b"\x91" * 300_000)

@@ -136,9 +136,21 @@ async def test_a_silent_publisher_is_asked_and_then_given_up_and_met_again(start
         GREETING[:10] + b"\2" + GREETING[11:],
         GREETING.replace(b"NULL\0", b"CURVE"),
         GREETING + READY + b"\2" + (2 << 20).to_bytes(8, "big"),
+        GREETING + READY + b"\1\0" * 70,
+        GREETING + READY + (b"\3" + (600_000).to_bytes(8, "big") + bytes(600_000)) * 2,
+        GREETING + b"\0\2kv",
         GREETING + b"\4\x0a\5ERROR\3bad",
     ],
-    ids=["no ZMTP", "version 2", "encrypted", "too large", "an error"],
+    ids=[
+        "no ZMTP",
+        "version 2",
+        "encrypted",
+        "too large",
+        "too many frames",
+        "too large together",
+        "too early",
+        "an error",
+    ],
 )
 async def test_who_says_what_cannot_be_heard_is_hung_up_on_and_tried_again(
     start: Start, server: Server, said: bytes

@@ -14,6 +14,7 @@ from dynamo.attach.server import OpenAIServer
 from dynamo.engine.admission import Admission
 from dynamo.llm.protocols.passthrough import Headers, OpenAIHead, OpenAIRequest
 from dynamo.runtime.errors import (
+    UNDECODABLE,
     CannotConnect,
     ConnectionTimeout,
     Disconnected,
@@ -64,7 +65,7 @@ class Proxy:
             return
         try:
             asked = _decode(payload)
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             stream.fail(InvalidArgument(f"not a request of OpenAI's in bytes: {e}"))
             return
         if asked.path not in PATHS:
@@ -159,7 +160,7 @@ def renamed(body: bytes, names: dict[str, str]) -> bytes:
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         name = msgspec.json.decode(fields["model"], type=str)
-    except (msgspec.DecodeError, UnicodeDecodeError, KeyError) as e:
+    except (*UNDECODABLE, KeyError) as e:
         raise InvalidArgument(f"the body is not a JSON object with a model: {e}", "model") from None
     if name not in names:
         return body

@@ -14,6 +14,7 @@ import aiohttp
 import msgspec
 
 from dynamo.runtime.errors import (
+    UNDECODABLE,
     CannotConnect,
     ConnectionTimeout,
     Disconnected,
@@ -44,7 +45,7 @@ class Reply(NamedTuple):
         """The body's JSON. Raises ValueError."""
         try:
             return msgspec.json.decode(self.body)
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except UNDECODABLE as e:
             raise ValueError(f"not JSON: {e}") from None
 
 
@@ -143,7 +144,7 @@ def error_words(body: bytes) -> ErrorWords:
     text = body.decode(errors="replace").strip()
     try:
         found = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         found = None
     if isinstance(found, dict):
         error = found.get("error")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from zmq.asyncio import Context
@@ -18,6 +18,7 @@ from zmq.constants import DEALER, RCVHWM, SUB, SUBSCRIBE
 
 from dynamo.llm.block_hash import compute_block_hash_for_seq
 from dynamo.llm.kv_events import KvEventData, Removed, StorageTier, Stored, StoredBlock
+from dynamo.runtime.errors import UNDECODABLE, InvalidArgument
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,34 @@ _REMOVED_FIELDS = ("block_hashes", "medium")
 _WHOLE_PREFIX_KINDS = (None, "full_attention", "mla_attention")  # other groups hold windows, not prefixes
 
 TieredEvents = list[tuple[StorageTier, KvEventData]]
+
+BlockHash = int | bytes
+
+
+class _Batch(msgspec.Struct, array_like=True):
+    at: Any
+    events: list[dict[str, Any] | list[Any]]
+
+
+class _Stored(msgspec.Struct):
+    block_hashes: list[BlockHash]
+    token_ids: list[int]
+    block_size: Annotated[int, msgspec.Meta(ge=1)]
+    parent_block_hash: BlockHash | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: list[list[Any] | None] | None = None
+    kv_cache_spec_kind: str | None = None
+    group_idx: int | None = None
+
+
+class _Removed(msgspec.Struct):
+    block_hashes: list[BlockHash]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+_decode_batch = msgspec.msgpack.Decoder(_Batch).decode
 
 
 class BlockSizeError(ValueError):
@@ -57,52 +86,50 @@ class KvEventDecoder:
             ValueError: the payload is not a batch of KV events.
         """
         try:
-            batch = msgspec.msgpack.decode(payload)
-            events = batch[1]
-            decoded = [self._event(_as_map(event)) for event in events]
+            decoded = [self._event(_as_map(event)) for event in _decode_batch(payload).events]
         except BlockSizeError:
             raise
-        except (msgspec.DecodeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (*UNDECODABLE, IndexError, KeyError, ValueError, InvalidArgument) as error:
             raise ValueError(f"not a batch of KV events: {error!r}") from error
         return [event for event in decoded if event is not None]
 
     def _event(self, event: dict[str, Any]) -> tuple[StorageTier, KvEventData] | None:
         kind = event["type"]
-        tier = _TIERS.get(event.get("medium") or "GPU", "external")
         if kind == "BlockStored":
-            if not self._of_prefix_group(event):
+            stored = msgspec.convert(event, _Stored)
+            if not self._of_prefix_group(stored):
                 return None
-            return tier, KvEventData(stored=self._stored(event))
+            return _tier(stored.medium), KvEventData(stored=self._stored(stored))
         if kind == "BlockRemoved":
-            if self._group is not None and event.get("group_idx") not in (None, self._group):
+            removed = msgspec.convert(event, _Removed)
+            if self._group is not None and removed.group_idx not in (None, self._group):
                 return None
-            hashes = [_u64(h) for h in event["block_hashes"]]
+            hashes = [_u64(h) for h in removed.block_hashes]
             for block_hash in hashes:
                 self._salts.pop(block_hash, None)
-            return tier, KvEventData(removed=Removed(hashes))
+            return _tier(removed.medium), KvEventData(removed=Removed(hashes))
         if kind == "AllBlocksCleared":
             self._salts.clear()
-            return tier, KvEventData(cleared=True)
+            return _tier(None), KvEventData(cleared=True)
         log.debug("the engine sent a KV event of a kind this version does not know: %s", kind)
         return None
 
-    def _of_prefix_group(self, event: dict[str, Any]) -> bool:
+    def _of_prefix_group(self, event: _Stored) -> bool:
         """Hybrid models report each group of layers; the first that keeps whole prefixes stands for the block."""
-        if event.get("kv_cache_spec_kind") not in _WHOLE_PREFIX_KINDS:
+        if event.kv_cache_spec_kind not in _WHOLE_PREFIX_KINDS:
             return False
-        group = event.get("group_idx")
         if self._group is None:
-            self._group = group
-        return group in (None, self._group)
+            self._group = event.group_idx
+        return event.group_idx in (None, self._group)
 
-    def _stored(self, event: dict[str, Any]) -> Stored:
-        if self._block_size is not None and event["block_size"] != self._block_size:
-            raise BlockSizeError(f"KV events of {event['block_size']}-token blocks, expected {self._block_size}")
-        hashes = [_u64(h) for h in event["block_hashes"]]
-        parent = _u64(event["parent_block_hash"]) if event.get("parent_block_hash") is not None else None
+    def _stored(self, event: _Stored) -> Stored:
+        if self._block_size is not None and event.block_size != self._block_size:
+            raise BlockSizeError(f"KV events of {event.block_size}-token blocks, expected {self._block_size}")
+        hashes = [_u64(h) for h in event.block_hashes]
+        parent = _u64(event.parent_block_hash) if event.parent_block_hash is not None else None
         salt = self._salts.get(parent) if parent is not None else _salt(event)
         tokens_hashes = compute_block_hash_for_seq(
-            event["token_ids"], event["block_size"], lora_name=event.get("lora_name"), cache_namespace=salt
+            event.token_ids, event.block_size, lora_name=event.lora_name, cache_namespace=salt
         )
         if salt is not None:
             self._salts.update((block_hash, salt) for block_hash in hashes)
@@ -113,7 +140,7 @@ class KvEventDecoder:
         )
 
 
-def _as_map(event: Any) -> dict[str, Any]:
+def _as_map(event: dict[str, Any] | list[Any]) -> dict[str, Any]:
     if isinstance(event, dict):
         return event
     kind, *values = event
@@ -121,18 +148,22 @@ def _as_map(event: Any) -> dict[str, Any]:
     return {"type": kind, **dict(zip(fields, values, strict=False))}
 
 
-def _u64(block_hash: int | bytes) -> int:
+def _tier(medium: str | None) -> StorageTier:
+    return _TIERS.get(medium or "GPU", "external")
+
+
+def _u64(block_hash: BlockHash) -> int:
     """vLLM names a block by 64 bits (signed in SGLang), or by the 32 bytes whose last eight they are."""
     if isinstance(block_hash, bytes):
         return int.from_bytes(block_hash[-8:], "big")
     return block_hash & _U64
 
 
-def _salt(event: dict[str, Any]) -> str | None:
+def _salt(event: _Stored) -> str | None:
     """The cache salt of a sequence's first block: the string among its extra keys that is not the LoRA's name."""
-    extra = (event.get("extra_keys") or [None])[0] or ()
+    extra = (event.extra_keys or [None])[0] or ()
     words = [key for key in extra if isinstance(key, str)]
-    if event.get("lora_name") and words and words[0] == event["lora_name"]:
+    if event.lora_name and words and words[0] == event.lora_name:
         words = words[1:]
     return words[0] if words else None
 

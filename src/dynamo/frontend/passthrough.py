@@ -30,6 +30,7 @@ from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.connection import Call
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import (
+    UNDECODABLE,
     Cancelled,
     CannotConnect,
     ConnectionTimeout,
@@ -60,7 +61,7 @@ def peek(body: bytes) -> Asked | None:
     """The few fields that say where a body goes; None for one that is no request of any form."""
     try:
         return _decode_asked(body)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         return None
 
 
@@ -218,7 +219,7 @@ class Passing:
                     self._route.first_token()
                 if not self._parts.meter.first_token_at:
                     self._parts.meter.tokens(now, 0.0, 0)  # when it came; how many there are is not ours to read
-        except (msgspec.DecodeError, TypeError, AttributeError, KeyError, ValueError) as e:
+        except (*UNDECODABLE, TypeError, AttributeError, KeyError, ValueError) as e:
             log.exception("a worker sent what is no answer in OpenAI's form, for request %s", self._parts.context.id())
             self.fail(Unknown(f"the worker sent what is no answer in OpenAI's form: {e}"))
 
@@ -352,7 +353,7 @@ def as_map(body: bytes, *, streamed: bool) -> dict[str, Any]:
     """
     try:
         request = msgspec.json.decode(body, type=dict[str, Any])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
+    except UNDECODABLE as e:
         raise InvalidArgument(f"the body is not a JSON object: {e}") from None
     request["stream"] = True
     if not streamed:

@@ -1,6 +1,7 @@
 """What is in effect, when does a worker count as busy (facts row A18), and which prompts go to prefill workers?"""
 
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +12,7 @@ from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import answer
 from dynamo.router.config import LoadThresholdConfig
 from dynamo.router.split_settings import PREFIX, SplitSettings, changed
-from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.errors import UNDECODABLE, InvalidArgument
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,8 @@ class AdminRoutes:
         self._models = models
         self._router_mode = router_mode
         self._warnings = warnings
+        self.on_change: Callable[[], Awaitable[None]] | None = None
+        """Called when something was set, before that is answered."""
 
     async def busy_threshold(self, request: Request) -> Sent:
         """GET: the thresholds of all models. POST: change a model's; what is left out or null stays as it is.
@@ -43,6 +46,7 @@ class AdminRoutes:
             raise self._models.unknown(asked.model)
         if changes:
             self._change(asked.model, changes)
+            await self._changed()
         return answer(request, 200, msgspec.json.encode(self._of(asked.model)))
 
     def _change(self, name: str, changes: dict[str, Any]) -> None:
@@ -55,6 +59,10 @@ class AdminRoutes:
         except ValueError as e:
             raise InvalidArgument(f"Validation: {e}", str(e).partition(" ")[0]) from None
         self._models.set_thresholds(name, thresholds)
+
+    async def _changed(self) -> None:
+        if self.on_change is not None:
+            await self.on_change()
 
     def _of(self, name: str) -> BusyThreshold:
         return BusyThreshold(name, **self._models.thresholds(name))
@@ -75,6 +83,7 @@ class AdminRoutes:
             raise self._models.unknown(asked.model)
         if changes := asked.changes():
             self._change_split(asked.model, changes)
+            await self._changed()
         return answer(request, 200, msgspec.json.encode(self._split_of(asked.model)))
 
     def _change_split(self, name: str, changes: dict[str, Any]) -> None:
@@ -121,6 +130,6 @@ def _decoded(request: Request, kind: type[Body]) -> Body:
     """The body of a request. Raises InvalidArgument."""
     try:
         return msgspec.json.decode(request.body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except UNDECODABLE as e:
         where = str(e).rpartition("$.")[2].strip("`") if "$." in str(e) else None
         raise InvalidArgument(f"Validation: {e}", where) from None

@@ -7,6 +7,8 @@ real tokens, so KV events say nothing of them, but a router that goes by what it
 
 import msgspec
 
+from dynamo.runtime.errors import UNDECODABLE
+
 BYTES_A_TOKEN = 4  # of English text in common vocabularies
 
 Raw = msgspec.Raw
@@ -29,7 +31,7 @@ def prompt_tokens(asked: Asked) -> list[int]:
     if prompt.startswith(b"["):
         try:
             ids = _decode_ids(prompt)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             pass  # several prompts, or text: the worker says what is wrong with it, if something is
         else:
             if all(0 <= token < 1 << 32 for token in ids):

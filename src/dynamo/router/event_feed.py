@@ -26,7 +26,7 @@ from dynamo.router.tier_index import Outcome, TierIndex
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.connection import ConnectionPool
 from dynamo.runtime.discovery import Delete
-from dynamo.runtime.errors import DynamoException
+from dynamo.runtime.errors import UNDECODABLE, DynamoException
 from dynamo.runtime.events import Event, EventSubscriber, HasEvents, Listeners, ScopeLike, create_subscriber, scope_of
 from dynamo.runtime.instances import Target
 from dynamo.runtime.instruments import LabelPairs
@@ -284,7 +284,7 @@ class KvEventFeed:
             return
         try:
             events = self._decoder.decode(message.payload)
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             self._metrics.warn("undecodable")
             rarely.warning(
                 f"undecodable {publisher.id}", "publisher %x sent what are no KV events: %s", publisher.id, e
@@ -391,7 +391,7 @@ class KvEventFeed:
                     self._changed.set()
                     return
                 error = stream.reason
-            except (DynamoException, TimeoutError, ValueError, msgspec.DecodeError) as e:
+            except (*UNDECODABLE, DynamoException, TimeoutError, ValueError) as e:
                 error = str(e) or type(e).__name__
             publisher.last_error = error
             publisher.recoveries["failed"] += 1
@@ -436,7 +436,7 @@ class KvEventFeed:
         try:
             async with self._limit:
                 parts = await ask(self._runtime.pool, publisher.target, stream.expected)
-        except (DynamoException, TimeoutError, ValueError, msgspec.DecodeError) as e:
+        except (*UNDECODABLE, DynamoException, TimeoutError, ValueError) as e:
             publisher.last_error = str(e) or type(e).__name__
             publisher.confirmed = False
             publisher.heard_at = self._loop.time()  # ask again after another silence

@@ -12,7 +12,7 @@ import msgspec
 from dynamo.router.recovery import KV_EVENTS_TOPIC, Ask, Retold, SourceRecord
 from dynamo.runtime.connection import ConnectionPool
 from dynamo.runtime.context import Context
-from dynamo.runtime.errors import DynamoException, StreamIncomplete
+from dynamo.runtime.errors import UNDECODABLE, DynamoException, StreamIncomplete
 from dynamo.runtime.instances import Target, parse_instance
 
 ANSWER_TIMEOUT_S = 10.0  # a cache of a million blocks is told in 3 s
@@ -40,7 +40,7 @@ def read_source(publisher_id: int, value: bytes) -> tuple[SourceRecord, Target |
         if target is None:
             return record, None
         return record, parse_instance(f"/{target['instance_id']:x}", msgspec.json.encode(target), _ignore)
-    except (msgspec.DecodeError, KeyError, TypeError) as e:
+    except (*UNDECODABLE, KeyError, TypeError) as e:
         raise ValueError(f"it is not a source's record: {e}") from e
 
 

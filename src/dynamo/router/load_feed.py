@@ -9,6 +9,7 @@ import msgspec
 from dynamo.llm.kv_events import LoadMetrics
 from dynamo.router.publisher import KV_METRICS_TOPIC
 from dynamo.router.worker_reports import WorkerReports
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.events import Event, EventSubscriber, HasEvents, Listeners, ScopeLike, create_subscriber
 from dynamo.runtime.logs import Rarely
 
@@ -46,7 +47,7 @@ class LoadFeed:
     def _hear(self, event: Event) -> None:
         try:
             report = self._decoder.decode(event.payload)
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             self.undecodable += 1
             rarely.warning(
                 f"load {event.publisher_id}", "publisher %x sent what is no load report: %s", event.publisher_id, e

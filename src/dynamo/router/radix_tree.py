@@ -13,6 +13,7 @@ from dynamo.llm.block_hash import sequence_hashes
 from dynamo.llm.kv_events import KvEvent, KvEventData
 from dynamo.router.tier_index import Outcome, TierIndex
 from dynamo.router.types import WorkerKey
+from dynamo.runtime.errors import UNDECODABLE
 
 _U64 = (1 << 64) - 1
 _REFUSED = {
@@ -67,7 +68,7 @@ class RadixTree:
             if change.stored is not None:
                 _check_hashes("block_hash", [block.block_hash for block in change.stored.blocks])
                 _check_hashes("tokens_hash", [block.tokens_hash for block in change.stored.blocks])
-        except (msgspec.DecodeError, ValueError) as e:
+        except (*UNDECODABLE, ValueError) as e:
             raise ValueError(f"Failed to deserialize KvCacheEvent: {e}") from e
         with self._lock:
             outcome = self._index.apply(WorkerKey(worker_id, event.dp_rank), "device", change)

@@ -17,6 +17,7 @@ from dynamo.router.affinity import SessionAffinity
 from dynamo.router.replica_book import Digest, Place, ReplicaBook, SequenceEvents
 from dynamo.router.scheduler import KvScheduler
 from dynamo.router.types import WorkerKey
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.events import (
     Event,
     EventPublisher,
@@ -167,7 +168,7 @@ class ReplicaSync:
             return
         try:
             message = self._decoders[event.topic](event.payload)
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             self.undecodable += 1
             rarely.warning(
                 f"{event.topic} {event.publisher_id}",

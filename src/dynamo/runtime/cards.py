@@ -12,7 +12,7 @@ import msgspec
 
 from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.discovery import Delete, Discovery
-from dynamo.runtime.errors import ConnectionTimeout
+from dynamo.runtime.errors import UNDECODABLE, ConnectionTimeout
 
 
 class _RuntimeConfig(msgspec.Struct):
@@ -26,7 +26,7 @@ class _Card(msgspec.Struct):
 def _runtime_data(card: bytes) -> dict[str, Any]:
     try:
         config = msgspec.json.decode(card, type=_Card).runtime_config
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return {}
     return config.runtime_data if config is not None else {}
 

@@ -19,9 +19,12 @@ DynamoException
 Names are those that users of `dynamo.llm.exceptions` know. A type crosses the wire by its name.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import msgspec
+
+UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are not what they should be: malformed, no UTF-8, or nested without end."""
 
 
 class DynamoException(Exception):  # noqa: N818 - the name users know

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.events import Event, EventScope
 from dynamo.runtime.options import env_number
 
@@ -17,7 +18,7 @@ HEAD: Final = struct.Struct(">BI")  # version, length of the envelope
 MAX_EVENT_BYTES: Final = 32 << 20  # the request plane's limit; a larger one closes the connection it came by
 DEFAULT_HWM: Final = 10_000  # events held for one slow subscriber; at 1 KB each 10 MB
 
-NO_EVENT: Final = (ValueError, struct.error, msgspec.DecodeError, OverflowError)
+NO_EVENT: Final = (*UNDECODABLE, ValueError, struct.error, OverflowError)
 """What reading a message may raise that is no event."""
 
 

@@ -14,6 +14,7 @@ import msgspec
 
 from dynamo import prometheus_names as names
 from dynamo.runtime.discovery import Delete, Discovery
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.events import EVENT_CHANNELS, Event, EventScope, Irregularity, Listeners, SequenceCheck
 from dynamo.runtime.logs import Rarely
 from dynamo.runtime.metrics import Metrics
@@ -94,7 +95,7 @@ class EventReader(ABC):
             return
         try:
             await self._put(publisher_id, key, value)
-        except (msgspec.DecodeError, ValueError) as e:
+        except (*UNDECODABLE, ValueError) as e:
             rarely.warning(key, "ignoring the event channel %s: %s", key, e)
 
     def _id_of(self, key: str) -> int | None:

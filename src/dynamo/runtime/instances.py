@@ -17,6 +17,7 @@ import msgspec
 
 from dynamo.runtime.address import NATS, EndpointAddress, split_host_port
 from dynamo.runtime.discovery import Change, Delete, Discovery
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.options import env_number
 
 log = logging.getLogger(__name__)
@@ -274,7 +275,7 @@ class InstanceSet:
     def _put(self, key: str, value: bytes) -> None:
         try:
             target = parse_instance(key, value, self.inhibit)
-        except (ValueError, msgspec.DecodeError) as e:
+        except (*UNDECODABLE, ValueError) as e:
             log.warning("ignoring the instance record %s: %s", key, e)
             self._delete(key)
             return

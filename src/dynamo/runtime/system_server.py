@@ -21,7 +21,7 @@ from aiohttp import web
 from dynamo import __version__
 from dynamo.runtime import metrics
 from dynamo.runtime.address import join_host_port
-from dynamo.runtime.errors import CannotConnect, DynamoException, HttpError, InvalidArgument
+from dynamo.runtime.errors import UNDECODABLE, CannotConnect, DynamoException, HttpError, InvalidArgument
 from dynamo.runtime.options import env_number
 from dynamo.runtime.tls import system_door
 
@@ -213,7 +213,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
         return {}
     try:
         body = msgspec.json.decode(raw)
-    except msgspec.DecodeError as e:
+    except UNDECODABLE as e:
         raise InvalidArgument(f"the body is not valid JSON: {e}", "body") from None
     if not isinstance(body, dict):
         raise InvalidArgument(f"the body must be a JSON object, not {type(body).__name__}", "body")

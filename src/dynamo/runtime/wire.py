@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from dynamo.runtime.errors import InvalidArgument, WireError
+from dynamo.runtime.errors import UNDECODABLE, InvalidArgument, WireError
 
 PREAMBLE = b"DYN1\x01"
 HEADER_BYTES = 5
@@ -41,7 +41,7 @@ class ProtocolError(Exception):
     """The peer sent what no peer of ours sends."""
 
 
-MALFORMED = (ProtocolError, msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+MALFORMED = (ProtocolError, *UNDECODABLE)
 """What reading a frame of a peer that is not ours may raise."""
 
 

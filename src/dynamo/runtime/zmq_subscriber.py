@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 UNREAD_EVENTS: Final = 1024  # held for an iterator that is behind; then the publishers' own queues fill
 UNCONNECTED_WARNING_S: Final = 5.0  # a publisher in discovery whose address does not answer for this long
 FRAMES: Final = 4
+MAX_MESSAGE_BYTES: Final = MAX_EVENT_BYTES + HEAD.size + 1024  # with its topic, and who says it
 
 
 class ZmqSubscriber(EventReader):
@@ -107,7 +108,7 @@ class ZmqSubscriber(EventReader):
     def _connect(self, address: str, secure: "Callable[[], CurveSession] | None") -> None:
         host, port = split_host_port(address.removeprefix("tcp://"))
         link = self._links[address] = ZmtpSubscription(
-            host, port, self._topic_frame, MAX_EVENT_BYTES + HEAD.size, self._on_message, self._change.set, secure
+            host, port, self._topic_frame, MAX_MESSAGE_BYTES, self._on_message, self._change.set, secure
         )
         link.pause(self._paused)
         link.open()

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_S: Final = 0.1
 RECONNECT_MAX_S: Final = 2.0  # a dead publisher's record goes after 10 s; until then it costs a try each 2 s
+MAX_FRAMES: Final = 64  # of a message; an event has four
 CONNECT_TIMEOUT_S: Final = 5.0  # for the connection, and again for what both say first
 
 _GREETING_BYTES: Final = 64
@@ -46,7 +47,7 @@ class ZmtpSubscription(asyncio.Protocol):
     """One publisher, heard from `open` until `close`, over as many connections as it takes.
 
     `on_message` gets the frames of each message, from the socket's callback. `on_change` is called when it is, or is no
-    longer, subscribed: `connected` tells which. A frame of more than `max_bytes` ends the connection. `secure` makes
+    longer, subscribed: `connected` tells which. A message of more than `max_bytes` ends the connection. `secure` makes
     the CURVE session of each connection; without it they are in the clear, and then those only.
     """
 
@@ -79,6 +80,7 @@ class ZmtpSubscription(asyncio.Protocol):
         """So many bytes must be there before it is worth looking again."""
         self._greeted = False
         self._frames: list[bytes] = []
+        self._message_bytes = 0
         self._paused = False
         self._heard_at = 0.0
         self._lost: asyncio.Future[None] | None = None
@@ -150,6 +152,7 @@ class ZmtpSubscription(asyncio.Protocol):
         self._transport = own = cast(asyncio.Transport, transport)  # uvloop's are not derived from it
         self._kept.clear()
         self._frames = []
+        self._message_bytes = 0
         self._needed, self._greeted, self._heard_at = _GREETING_BYTES, False, 0.0
         try:
             self._session = self._secure() if self._secure is not None else None
@@ -226,8 +229,12 @@ class ZmtpSubscription(asyncio.Protocol):
             if not self.connected:
                 raise ValueError("a message before it said that it is ready")
             frames.append(held)
+            self._message_bytes += len(held)
+            if self._message_bytes > self._max_bytes or len(frames) > MAX_FRAMES:
+                raise ValueError(f"a message of {self._message_bytes} bytes, and {len(frames)} frames so far")
             if not flags & _MORE:
                 self._frames = []
+                self._message_bytes = 0
                 self._heard_at = self._loop.time()
                 self._on_message(frames)
                 frames = self._frames

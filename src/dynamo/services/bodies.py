@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dynamo.runtime.errors import InvalidArgument
+from dynamo.runtime.errors import UNDECODABLE, InvalidArgument
 from dynamo.runtime.logs import Rarely
 from dynamo.services.refusals import BAD_BODY
 
@@ -29,7 +29,7 @@ def decode(raw: bytes, body: type[T]) -> T:
     """
     try:
         given = msgspec.json.decode(raw) if raw.strip() else {}
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except UNDECODABLE as e:
         raise InvalidArgument(f"the body is not JSON: {e}") from None
     return convert(given, body)
 

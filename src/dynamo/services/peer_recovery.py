@@ -14,6 +14,7 @@ import msgspec
 
 from dynamo.llm.kv_events import RouterEvent
 from dynamo.router.types import WorkerKey
+from dynamo.runtime.errors import UNDECODABLE
 from dynamo.services.cache_group import CacheGroup, GroupKey
 from dynamo.services.engine_listener import EngineListener
 
@@ -149,5 +150,5 @@ async def _ask(session: aiohttp.ClientSession, peer: str) -> dict[str, _Dump]:
                 raise ValueError(f"its answer has more than {MAX_ANSWER_BYTES} bytes")
     try:
         return msgspec.json.decode(body, type=dict[str, _Dump])
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except UNDECODABLE as e:
         raise ValueError(f"its answer is no dump: {e}") from None

@@ -17,7 +17,7 @@ from zmq.asyncio import Context
 from dynamo.router.replica_book import AddRequest, Digest, Place, ReplicaBook, SequenceEvent, SequenceEvents
 from dynamo.router.scheduler import KvScheduler
 from dynamo.runtime.address import join_host_port
-from dynamo.runtime.errors import CannotConnect
+from dynamo.runtime.errors import UNDECODABLE, CannotConnect
 from dynamo.runtime.events import new_publisher_id
 from dynamo.runtime.logs import Rarely
 from dynamo.services.bodies import check_zmq_endpoint
@@ -197,7 +197,7 @@ class ReplicaLink:
             frames = await self._in.recv_multipart()
             try:
                 self._hear(frames)
-            except (msgspec.DecodeError, ValueError) as e:
+            except (*UNDECODABLE, ValueError) as e:
                 self.undecodable += 1
                 rarely.warning("undecodable", "a replica sent what is no event: %s", e)
 

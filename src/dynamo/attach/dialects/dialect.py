@@ -14,7 +14,7 @@ from dynamo.llm.protocols.engine import (
     PreprocessedRequest,
     PromptTokensDetails,
 )
-from dynamo.runtime.errors import DynamoException, InvalidArgument, Unknown
+from dynamo.runtime.errors import UNDECODABLE, DynamoException, InvalidArgument, Unknown
 
 
 class Dialect(Protocol):
@@ -55,7 +55,7 @@ class Reader(ABC):
         """
         try:
             found = msgspec.json.decode(event, type=dict[str, Any])
-        except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        except UNDECODABLE as e:
             raise Unknown(f"the server sent an event that cannot be read: {e}: {event[:200]!r}") from None
         if (error := found.get("error")) is not None:
             raise stream_error(error)

@@ -25,7 +25,7 @@ from urllib.parse import unquote
 
 import msgspec
 
-from dynamo.runtime.errors import DiscoveryError
+from dynamo.runtime.errors import UNDECODABLE, DiscoveryError
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ class KeyDirectory:
     def _bury(self, content: bytes) -> None:
         held: dict[str, int] = {}
         for line in content.splitlines():
-            with contextlib.suppress(msgspec.DecodeError):  # a line cut short; its key ends with its TTL
+            with contextlib.suppress(*UNDECODABLE):  # a line cut short; its key ends with its TTL
                 key, inode = msgspec.json.decode(line, type=_Line)
                 held[key] = inode
         for key, inode in held.items():

@@ -1,9 +1,7 @@
 """What can go wrong with etcd, and what does its refusal mean?"""
 
-import msgspec
-
 from dynamo.runtime.discovery.etcd.messages import Failure, decode
-from dynamo.runtime.errors import DiscoveryError
+from dynamo.runtime.errors import UNDECODABLE, DiscoveryError
 
 # gRPC's codes that mean "not now, or not here": cancelled, unknown, deadline exceeded, aborted, internal, unavailable
 _TRY_ELSEWHERE = {1, 2, 4, 10, 13, 14}
@@ -54,7 +52,7 @@ def explain(status: int, body: bytes) -> Exception:
     """The exception of an HTTP answer that is not 200."""
     try:
         failure = decode(body, Failure)
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         if status == 404:
             return NotHere("it is no etcd with its JSON gateway on (etcd --enable-grpc-gateway)", hopeless=True)
         return NotHere(f"HTTP {status}: {body[:100].decode(errors='replace').strip()}", hopeless=status == 400)

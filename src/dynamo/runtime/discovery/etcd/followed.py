@@ -30,7 +30,7 @@ from dynamo.runtime.discovery.etcd.messages import (
     prefix_range,
 )
 from dynamo.runtime.discovery.protocol import Change, Delete, Put
-from dynamo.runtime.errors import DiscoveryError
+from dynamo.runtime.errors import UNDECODABLE, DiscoveryError
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def _text(key: bytes) -> str:
 def _answer(line: bytes) -> WatchAnswer:
     try:
         message = decode(line, WatchLine)
-    except msgspec.DecodeError as e:
+    except UNDECODABLE as e:
         raise NotHere(f"a line of a watch is no answer of etcd: {e}") from e
     if message.result is None:
         raise NotHere(f"the watch was ended: {(message.error or {}).get('message', 'no reason given')}")
