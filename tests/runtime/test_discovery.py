@@ -11,8 +11,10 @@ from dynamo.runtime.discovery import Change, Delete, Discovery, Put, choose_back
 from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
 from dynamo.runtime.discovery.etcd.settings import EtcdSettings
 from dynamo.runtime.discovery.file import FileDiscovery
+from dynamo.runtime.discovery.kubernetes.backend import KubernetesDiscovery
 from dynamo.runtime.discovery.mem import MemDiscovery
 from dynamo.runtime.errors import DiscoveryError
+from tests.runtime.kubernetes_server import scripted
 
 PREFIX = "v1/instances/ns/comp/ep/"
 KEY = PREFIX + "1a"
@@ -20,23 +22,32 @@ KEY = PREFIX + "1a"
 Open = Callable[[], Discovery]
 
 
-@pytest.fixture(params=["mem", "file", pytest.param("etcd", marks=pytest.mark.etcd)])
-async def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Open]:
+@pytest.fixture(params=["mem", "file", "kubernetes", pytest.param("etcd", marks=pytest.mark.etcd)])
+def backend(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A backend's name, and where its server is if it has one."""
+    return request.param, request.getfixturevalue("etcd").url if request.param == "etcd" else ""
+
+
+@pytest.fixture
+async def open_store(backend: tuple[str, str], tmp_path: Path) -> AsyncIterator[Open]:
     """Makes members of one store, and closes them."""
     members: list[Discovery] = []
-    backend = request.param
-    url = request.getfixturevalue("etcd").url if backend == "etcd" else ""
+    name, url = backend
+    async with scripted() as kubernetes:
+        pods = [await kubernetes.add_pod(f"member-{i}") for i in range(3)]
 
-    def make() -> Discovery:
-        if backend == "etcd":
-            members.append(EtcdDiscovery(EtcdSettings((url,))))
-        else:
-            members.append(MemDiscovery() if backend == "mem" else FileDiscovery(tmp_path / "kv"))
-        return members[-1]
+        def make() -> Discovery:
+            if name == "etcd":
+                members.append(EtcdDiscovery(EtcdSettings((url,))))
+            elif name == "kubernetes":
+                members.append(KubernetesDiscovery(kubernetes.settings(pods.pop())))
+            else:
+                members.append(MemDiscovery() if name == "mem" else FileDiscovery(tmp_path / "kv"))
+            return members[-1]
 
-    yield make
-    for member in members:
-        await member.close()
+        yield make
+        for member in members:
+            await member.close()
 
 
 async def following(changes: AsyncIterator[Change]) -> Change:
@@ -146,11 +157,6 @@ def test_auto_looks_at_the_environment(monkeypatch: pytest.MonkeyPatch, environ:
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     assert choose_backend() == backend
-
-
-async def test_a_backend_of_a_later_version_says_so() -> None:
-    with pytest.raises(ValueError, match="not in this version: use file"):
-        DistributedRuntime(discovery_backend="kubernetes")
 
 
 async def test_an_unknown_backend_names_the_known_ones() -> None:

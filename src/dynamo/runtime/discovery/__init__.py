@@ -29,7 +29,7 @@ def choose_backend(name: str | None = None) -> str:
 def open_discovery(name: str | None = None, wait_s: float | None = None) -> Discovery:
     """A new backend object. `wait_s` bounds the wait for a store that does not answer yet, where there is such a wait.
 
-    Raises ValueError for a name that is unknown or not in this version, or settings of it that are wrong.
+    Raises ValueError for an unknown name, or settings of it that are wrong.
     """
     backend = choose_backend(name)
     if backend == "mem":
@@ -44,7 +44,6 @@ def open_discovery(name: str | None = None, wait_s: float | None = None) -> Disc
         from dynamo.runtime.discovery.etcd.backend import EtcdDiscovery
 
         return EtcdDiscovery(wait_s=wait_s)
-    raise ValueError(
-        f"discovery backend {backend!r} is not in this version: use file (processes that share a directory), etcd or "
-        "mem (one process), by discovery_backend= or DYN_DISCOVERY_BACKEND"
-    )
+    from dynamo.runtime.discovery.kubernetes.backend import KubernetesDiscovery
+
+    return KubernetesDiscovery(wait_s=wait_s)

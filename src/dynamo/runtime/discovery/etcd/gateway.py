@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 import random
-import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -30,13 +29,13 @@ from dynamo.runtime.discovery.etcd.errors import (
 )
 from dynamo.runtime.discovery.etcd.messages import AUTHENTICATE, RANGE, WATCH, Done, Header, Token, decode
 from dynamo.runtime.discovery.etcd.settings import Certificates, EtcdSettings
+from dynamo.runtime.discovery.streaming import keep_alive, lines
+from dynamo.runtime.errors import UNDECODABLE
 
 log = logging.getLogger(__name__)
 
 STARTUP_PAUSES_S = (1, 2, 4, 8, 16)  # then 30, the backoff users know (facts row R12)
 PROBE_FIRST_S, PROBE_MAX_S = 0.1, 1.0  # leases are short: whoever is back soon loses nothing
-# A stretched network or a firewall may forget a silent connection: the kernel asks after 10 s, gives up after 10 more.
-_TCP_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 2))
 
 T = TypeVar("T")
 
@@ -98,9 +97,9 @@ class EtcdGateway:
                 # A member that has lost its majority would be silent for ever; asked so, it ends the watch.
                 headers = {"Grpc-Metadata-hasleader": "true"}
                 response = await self._open(endpoint, WATCH, {"create_request": create_request}, None, headers)
-            _keep_alive(response)
+            keep_alive(response)
             self._streams.setdefault(endpoint, set()).add(response)
-            yield _lines(response)
+            yield lines(response)
             raise NotHere("the watch ended")
         except (NotHere, OSError, TimeoutError, aiohttp.ClientError) as e:
             self._leave(endpoint)
@@ -273,7 +272,7 @@ class EtcdGateway:
                 return decode(await response.read(), kind)
         except (OSError, TimeoutError, aiohttp.ClientError) as e:
             raise NotHere(self._reason(endpoint, e), _is_hopeless(e)) from e
-        except msgspec.DecodeError as e:
+        except UNDECODABLE as e:
             raise NotHere(f"it answers what is no etcd's answer: {e}", hopeless=True) from e
 
     async def _open(
@@ -348,28 +347,6 @@ class EtcdGateway:
         if endpoint.startswith("http:"):
             return "; if it wants TLS, write https://"
         return "" if self.settings.client_cert else "; if it wants a client certificate, set ETCD_AUTH_CLIENT_CERT"
-
-
-async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """Whole lines, of any length."""
-    pending = bytearray()
-    async for chunk in response.content.iter_any():
-        pending += chunk
-        end = pending.rfind(b"\n")
-        if end >= 0:
-            whole = bytes(pending[:end])
-            del pending[: end + 1]
-            for line in whole.split(b"\n"):
-                yield line
-
-
-def _keep_alive(response: aiohttp.ClientResponse) -> None:
-    transport = response.connection.transport if response.connection is not None else None
-    sock = transport.get_extra_info("socket") if transport is not None else None
-    if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, seconds in _TCP_KEEPALIVE:
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), seconds)
 
 
 def _is_hopeless(error: Exception) -> bool:

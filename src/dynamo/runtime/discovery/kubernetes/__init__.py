@@ -1,0 +1,1 @@
+"""Discovery where the store is the API server of Kubernetes; see `backend.py`."""
