@@ -50,9 +50,8 @@ def kv(**settings: Any) -> dict[str, Any]:
 async def start_sized(start_worker: StartWorker, **settings: Any) -> Any:
     """A scripted worker whose card says what a KV router needs."""
     facts = {"total_kv_blocks": 1000, "max_num_batched_tokens": 100, "kv_event_publishing_enabled": True}
-    options = {
-        name: settings.pop(name) for name in ("model", "endpoint", "model_aliases", "directory") if name in settings
-    }
+    names = ("model", "endpoint", "model_aliases", "directory", "worker_type")
+    options = {name: settings.pop(name) for name in names if name in settings}
     size = settings.pop("block_size", BLOCK)
     return await start_worker(
         kv_cache_block_size=size, runtime_config=ModelRuntimeConfig(**{**facts, **settings}), **options

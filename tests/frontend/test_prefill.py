@@ -9,6 +9,8 @@ import pytest
 from dynamo.frontend.service import FrontendService
 from dynamo.llm.model_card import WorkerType
 from dynamo.llm.tokenizer import Tokenizer
+from dynamo.router.types import WorkerKey
+from dynamo.runtime.errors import StreamIncomplete
 from tests.frontend.front_door import (
     CHAT,
     COMPLETIONS,
@@ -22,6 +24,7 @@ from tests.frontend.front_door import (
     fetch,
     model_ready,
 )
+from tests.frontend.kv_fleet import StartMocker, asked, eventually, kv, start_sized, worker_of
 
 PREFILL = "dynamo.prefill.generate"
 
@@ -224,6 +227,54 @@ async def test_the_choices_left_by_a_first_one_that_ended_at_once_are_computed_a
         decoding.finish(index=index)
     decoding.stream.end()
     assert [choice["text"] for choice in (await wire.read()).json()["choices"]] == ["0", "1"]
+
+
+async def test_a_conversations_next_turn_goes_to_the_decode_worker_that_holds_the_last(
+    start_frontend: StartFrontend, start_mocker: StartMocker
+) -> None:
+    service = await start_frontend(**kv(use_kv_events=False))
+    for role in ("prefill", "decode", "decode", "decode"):
+        await start_mocker("--speedup-ratio", "0", "--disaggregation-mode", role)
+    await model_ready(service, "tiny", workers=4)
+    await changed(service, lambda: any(s.split is not None for s in service.models.sets()))
+    text = "What was said before. " * 20
+    first = await asked(service, text)
+    for _ in range(6):
+        text += "And one word more. " * 8
+        answer = await asked(service, text)
+        chosen, *others = answer.json()["nvext"]["routing"]["candidates"]
+        assert worker_of(answer) == worker_of(first) == chosen["worker_id"]
+        assert chosen["transfer"]["held_blocks"] > 0
+        assert all(chosen["transfer"]["tokens"] < other["transfer"]["tokens"] for other in others)
+
+
+async def test_the_router_of_the_decode_workers_hears_of_a_moved_requests_first_token(
+    start_frontend: StartFrontend, start_worker: StartWorker
+) -> None:
+    service = await start_frontend(**kv(use_kv_events=False), migration_limit=1)
+    decodes = [await start_sized(start_worker, worker_type=WorkerType.Decode) for _ in range(2)]
+    prefill = await start_sized(start_worker, endpoint=PREFILL, worker_type=WorkerType.Prefill)
+    await model_ready(service, "tiny", workers=3)
+    await changed(service, lambda: any(s.split is not None for s in service.models.sets()))
+    pair = Split(service, prefill, decodes[0])
+    wire = await Wire.open(service.port)
+    wire.post(COMPLETIONS, {"model": "tiny", "prompt": [100, 101], "max_tokens": 9})
+    first_token(await prefill.take(), "one", pair.handle(1))
+    await eventually(lambda: any(not worker.requests.empty() for worker in decodes))
+    (lost,) = [worker for worker in decodes if not worker.requests.empty()]
+    (await lost.take()).stream.fail(StreamIncomplete("it is lost"))
+    first_token(await prefill.take(), "two", pair.handle(2))
+    (other,) = [worker for worker in decodes if worker is not lost]
+    decoding = await other.take()
+    load = next(s.router for s in service.models.sets() if s.serves and s.router is not None).scheduler.load
+    at = load.position[WorkerKey(other.instance_id)]
+    assert load.prefill_requests[at] == 1
+    decoding.say("three")
+    await eventually(lambda: load.prefill_requests[at] == 0)
+    assert load.requests[at] == 1
+    decoding.finish()
+    decoding.stream.end()
+    assert (await wire.read()).status == 200
 
 
 async def test_prefill_workers_of_another_model_are_said_to_be_unlike(

@@ -143,6 +143,17 @@ async def test_the_decode_worker_computes_no_prompt(runtime: DistributedRuntime,
         assert items[-1]["completion_usage"]["completion_tokens"] == 8
 
 
+async def test_only_what_the_decode_worker_lacks_is_transferred(runtime: DistributedRuntime, model_dir: Path) -> None:
+    async with trio(runtime, model_dir) as three:
+        await three.split(request(range(40)))
+        longer = await three.split(request(range(54)))
+        report = longer[1]["engine_data"]["kv_transfer"]
+        assert (report["tokens"], report["bytes"]) == (14, 14 * DEFAULT_BYTES_PER_TOKEN)
+        again = await three.split(request(range(54)))
+        assert again[1]["engine_data"]["kv_transfer"]["tokens"] == 54 - 54 // BLOCK * BLOCK
+        assert of(again) == of(longer) == of(await three.ask("agg", request(range(54))))
+
+
 async def test_the_decode_worker_tells_routers_of_the_blocks_it_got(
     runtime: DistributedRuntime, model_dir: Path
 ) -> None:

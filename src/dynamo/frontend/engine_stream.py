@@ -255,7 +255,7 @@ class EngineStream:
             if self.has_prefill:
                 computed_elsewhere(wanted)
                 if self.remote is not None:
-                    self.remote.stay_near(wanted)
+                    self.remote.guide(wanted, self._workers.split)
             explain = self._answer.plan.explains_routing
             self.route = Route(router, wanted, self._go, self._refuse, explain=explain)
         return self.route
@@ -373,8 +373,9 @@ class EngineStream:
             if delta.finish_reason is None or delta.token_count > 1 or self._unfinished > 1:
                 # Else the end comes with it, which says enough at half the cost.
                 self.route.first_token()
-            if output.engine_data is not None and self._request.prefill_result is not None:
-                self._workers.transfer.see(output.engine_data)
+            remote, here = self.remote, self.instance_id
+            if output.engine_data is not None and remote is not None and remote.meeting is None and here is not None:
+                self._workers.see_transfer(output.engine_data, here, remote.places)
         if self._migration is not None:
             self._migration.end("success")
 

@@ -7,7 +7,6 @@ from dynamo.llm.protocols.engine import PreprocessedRequest
 from dynamo.llm.topology import Near
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.model_split import ModelSplit
-from dynamo.router.transfer_time import TransferTime
 from dynamo.runtime.context import Context
 from dynamo.runtime.streams import StreamSink
 
@@ -26,6 +25,9 @@ class PrefillPool(Protocol):
     def near(self, instance_id: int) -> Near | None:
         """Where the KV of this worker may, or should, go."""
 
+    def places(self, instance_id: int) -> frozenset[str]:
+        """Where this worker is, as taints."""
+
     def meeting(self, instance_id: int, dp_rank: int | None) -> dict[str, Any] | None:
         """A new `bootstrap_info`, if this worker meets decode workers while it computes; None if it writes handles."""
 
@@ -43,8 +45,6 @@ class Workers(Protocol):
     """Who says where, in its own time; None: `choose` does, at once."""
     split: ModelSplit | None
     """Who says which prompts the prefill workers get; None: all."""
-    transfer: TransferTime
-    """How long KV takes from them, learnt from answers."""
 
     @property
     def prefill(self) -> PrefillPool | None:
@@ -58,6 +58,9 @@ class Workers(Protocol):
 
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> object:
         """Send it; errors go to the sink."""
+
+    def see_transfer(self, engine_data: dict[str, Any], instance_id: int, places: frozenset[str]) -> None:
+        """Learn how long KV takes from what a worker said with an output, whose KV may have come from these places."""
 
     def avoid(self, instance_id: int) -> None:
         """Leave an instance out of choices for a while: it has lost a request."""

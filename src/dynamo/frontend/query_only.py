@@ -73,8 +73,9 @@ def _where(workers: WorkerSet, request: PreprocessedRequest, context: Context, *
         }
     wanted = wanted_of(workers.router, request, context)
     split = _computed_by(workers.split, request, context, wanted) if workers.split is not None else None
-    if split is not None and split.prefill is not None:
+    if split is not None and split.prefill is not None and workers.split is not None and workers.prefill is not None:
         computed_elsewhere(wanted)
+        wanted.journey = workers.split.journey(workers.prefill.places(split.prefill.worker.worker_id))
     decision = workers.router.query(wanted, explain=explain)
     answering = decision.worker
     computing = split.prefill.worker if split is not None and split.prefill is not None else answering

@@ -22,6 +22,7 @@ from dynamo.llm.kv_lease import Keeping
 from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
 from dynamo.llm.topology import Near
 from dynamo.router.model_router import ModelRouter
+from dynamo.router.model_split import ModelSplit
 from dynamo.router.types import Decision, RouteRequest
 from dynamo.runtime.context import Context
 from dynamo.runtime.errors import DynamoException, StreamIncomplete, Unknown, WorkerUnavailable
@@ -168,8 +169,15 @@ class RemotePrefill:
         if self.meeting is not None and not self.ended and self._early is None:
             self.cancel()
 
-    def stay_near(self, wanted: RouteRequest) -> None:
-        """Let the router send the request where the KV may, or should, go [K48]."""
+    @property
+    def places(self) -> frozenset[str]:
+        """Where the KV comes from."""
+        return self._pool.places(self.instance_id) if self.instance_id is not None else frozenset()
+
+    def guide(self, wanted: RouteRequest, split: ModelSplit | None) -> None:
+        """Let the router of the decode workers know where the KV may, or should, go [K48], and what way it has."""
+        if split is not None and self.meeting is None:  # those who meet move all of it
+            wanted.journey = split.journey(self.places)
         if self.near is None:
             return
         if self.near.weight is None:

@@ -375,6 +375,11 @@ class WorkerSet:
         card = self.workers.get(instance_id)
         return topology.near(card.runtime_config) if card is not None else None
 
+    def places(self, instance_id: int) -> frozenset[str]:
+        """Where a worker is, as taints."""
+        card = self.workers.get(instance_id)
+        return topology.places_of(card.runtime_config) if card is not None else frozenset()
+
     def meeting(self, instance_id: int, dp_rank: int | None) -> dict[str, Any] | None:
         """Where a decode worker meets this prefill worker, for one prompt: its bootstrap port, and a new room."""
         card = self.workers.get(instance_id)
@@ -385,6 +390,10 @@ class WorkerSet:
         if near.weight is not None or self._client is None:
             return True
         return any(near.taint in self.taints.get(instance_id, ()) for instance_id in self._client.instance_ids())
+
+    def see_transfer(self, engine_data: dict[str, Any], instance_id: int, places: frozenset[str]) -> None:
+        """Learn from what a worker here said with an output, whose KV may have come from these places."""
+        self.transfer.see(engine_data, len(places & self.taints.get(instance_id, frozenset())))
 
     def start_request(self, instance_id: int, request: object, sink: StreamSink, context: Context) -> Call | None:
         """Send it; errors go to the sink."""

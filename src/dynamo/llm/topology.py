@@ -133,6 +133,11 @@ def taints_of(config: ModelRuntimeConfig) -> frozenset[str]:
     return frozenset((*config.taints, *(_taint(*place) for place in config.topology_domains.items())))
 
 
+def places_of(config: ModelRuntimeConfig) -> frozenset[str]:
+    """Those of a worker's taints that say where it is."""
+    return frozenset(_taint(*place) for place in config.topology_domains.items())
+
+
 def _taint(domain: str, value: str) -> str:
     return f"dynamo.topology/{domain}={value}"
 

@@ -178,20 +178,26 @@ class MockerEngine:
         self, request_id: str, request: PreprocessedRequest, *, keep: bool = False, transferred: int | None = None
     ) -> None:
         """Queue a request at the rank that routing names, else at the one with the fewest requests."""
-        if not self._ranks:
-            raise EngineShutdown("the engine is not running")
-        asked = request.routing.dp_rank if request.routing else None
-        if asked is None:
-            rank = min(self._ranks, key=lambda rank: len(rank.scheduler))
-        elif 0 <= asked < len(self._ranks):
-            rank = self._ranks[asked]
-        else:
-            raise InvalidArgument(f"dp_rank: {asked} is not one of this worker's {len(self._ranks)} ranks", "dp_rank")
+        rank = self._rank_for(request)
         now = asyncio.get_running_loop().time()
         rank.scheduler.add(request_id, request, now, transferred=transferred)
         if keep:
             rank.scheduler.keep(request_id)
         rank.wake()
+
+    def _rank_for(self, request: PreprocessedRequest) -> _Rank:
+        if not self._ranks:
+            raise EngineShutdown("the engine is not running")
+        asked = request.routing.dp_rank if request.routing else None
+        if asked is None:
+            return min(self._ranks, key=lambda rank: len(rank.scheduler))
+        if 0 <= asked < len(self._ranks):
+            return self._ranks[asked]
+        raise InvalidArgument(f"dp_rank: {asked} is not one of this worker's {len(self._ranks)} ranks", "dp_rank")
+
+    def held_tokens(self, request: PreprocessedRequest) -> int:
+        """How many of the prompt's tokens are in the cache of the rank that it would be queued at."""
+        return self._rank_for(request).scheduler.held_tokens(request)
 
     def take_kept(self, request_id: str) -> Callable[[], None]:
         """What frees the blocks that a finished request kept."""

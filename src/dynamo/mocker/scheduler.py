@@ -40,6 +40,14 @@ class Scheduler(BatchScheduler[TokenSequence]):
             sequence.transferred, sequence.num_cached = True, transferred
         self.enqueue(sequence)
 
+    def held_tokens(self, request: PreprocessedRequest) -> int:
+        """How many of the prompt's tokens are in the cache: of its full blocks, but for the last token."""
+        if not self.config.enable_prefix_caching:
+            return 0
+        prompt = TokenSequence("", request, self._sampler.script(request, 1), self.config.block_size, 0.0)
+        prompt.hash_blocks()
+        return self._cached_blocks(prompt) * self.config.block_size
+
     def keep(self, request_id: str) -> None:
         """Hold this request's blocks once it has ended, until `free_kept`."""
         self._keep.add(request_id)

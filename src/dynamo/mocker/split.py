@@ -34,6 +34,9 @@ class Inner(Protocol):
     ) -> None:
         """Queue a request. Raises InvalidArgument."""
 
+    def held_tokens(self, request: PreprocessedRequest) -> int:
+        """How many of the prompt's tokens are cached where `enqueue` would queue it. Raises InvalidArgument."""
+
     def take_kept(self, request_id: str) -> Callable[[], None]:
         """What frees the blocks that a finished request kept."""
 
@@ -198,12 +201,19 @@ class Decode:
             self._lost(request_id, takeover, answer)
             return
         handle = answer.handle
-        seconds = self._timing.seconds(handle.num_tokens)
+        try:
+            tokens = handle.num_tokens - self._inner.held_tokens(takeover.request)
+        except DynamoException as error:
+            if takeover.claim is not None:
+                takeover.claim.cancel()
+            self._fail(request_id, error)
+            return
+        seconds = self._timing.seconds(tokens)
         takeover.report = {
             "transport": TRANSPORT,
             "prefill_worker_id": handle.instance_id,
-            "tokens": handle.num_tokens,
-            "bytes": handle.kv_bytes,
+            "tokens": tokens,
+            "bytes": handle.kv_bytes * tokens // handle.num_tokens,
         }
         loop = asyncio.get_running_loop()
         takeover.timer = loop.call_later(seconds, self._read, request_id, takeover, answer, seconds)

@@ -12,9 +12,11 @@ from typing import Any
 import msgspec
 
 from dynamo.router.config import KvRouterConfig
+from dynamo.router.journey import Journey
 from dynamo.router.model_router import ModelRouter
+from dynamo.router.policies.predicted import MIN_TOKEN_S
 from dynamo.router.split import Always, Split, split_policy
-from dynamo.router.split_choice import SplitChoice
+from dynamo.router.split_choice import SplitChoice, prompt_time
 from dynamo.router.split_settings import SplitSettings, split_warnings
 from dynamo.router.types import RouteRequest
 from dynamo.runtime.errors import DynamoException, WorkerUnavailable
@@ -28,16 +30,17 @@ _EVERY = Split(True, "always", "every prompt is computed by a prefill worker")
 class ModelSplit:
     """Decides for the prompts that come to `decode`'s workers, which `prefill`'s could compute.
 
-    `transfer_s` says how long the KV of so many tokens travels.
+    `transfer_s` says how long the KV of so many tokens travels, between workers with so many places in common if given.
     """
 
     def __init__(
-        self, prefill: ModelRouter, decode: ModelRouter, config: KvRouterConfig, transfer_s: Callable[[int], float]
+        self, prefill: ModelRouter, decode: ModelRouter, config: KvRouterConfig, transfer_s: Callable[..., float]
     ) -> None:
         self.prefill = prefill
         self.decode = decode
         self.config = config
         """The settings in effect; see `configure`."""
+        self._transfer_s = transfer_s
         self._choice = SplitChoice(split_policy(config), prefill.queue, decode.queue, transfer_s)
         self._now = asyncio.get_running_loop().time
 
@@ -68,6 +71,11 @@ class ModelSplit:
                 at_decode.request_id, self.decode.name, where, split.reason, self.policy, dict(split.terms),
             )  # fmt: skip
         return split
+
+    def journey(self, places: frozenset[str]) -> Journey:
+        """What the decode workers' router must know of the way from a prefill worker that is in these places."""
+        _, token_s = prompt_time(self.prefill.scheduler, self.decode.scheduler)
+        return Journey(places, self._transfer_s, max(token_s, MIN_TOKEN_S))
 
     def explain(self, split: Split) -> dict[str, Any]:
         """A decision for people: all that it says, and whose it is."""

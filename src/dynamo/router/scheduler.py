@@ -13,6 +13,7 @@ import msgspec
 
 from dynamo.router.active_load import ActiveLoad, Booking
 from dynamo.router.config import KvRouterConfig
+from dynamo.router.journey import Journey
 from dynamo.router.policies import Policy, make_policy
 from dynamo.router.types import (
     NO_OVERLAP,
@@ -112,6 +113,8 @@ class KvScheduler:
         eligible = self.eligible(request)
         view = self.view(request, now)
         costs = self.policy.costs(view)
+        if request.journey is not None and request.ignores_caches:
+            costs = self._add_journey(request.journey, view, costs)
         if request.preferred_taints:
             costs = self._prefer(costs, request.preferred_taints)
         temperature = self._usual_temperature if request.override is None else self._temperature(request)
@@ -181,6 +184,16 @@ class KvScheduler:
             else "no worker has joined the router"
         )
 
+    def _add_journey(self, journey: Journey, view: View, costs: list[float]) -> list[float]:
+        """Add what fetching the prompt's KV costs each worker."""
+        columns = enumerate(zip(costs, journey.tokens_column(self._holding(view)), strict=True))
+        return [cost + self.policy.waiting(view, position, tokens) for position, (cost, tokens) in columns]
+
+    def _holding(self, view: View) -> View:
+        """The same with what workers hold of a prompt that was computed elsewhere."""
+        held, most = self._positions.held(view.request.sequence_hashes, view.now)
+        return msgspec.structs.replace(view, held=held, most_overlap=most)
+
     def _prefer(self, costs: list[float], weights: Mapping[str, float]) -> list[float]:
         """Multiply each cost by 1 - tanh(sum of the weights of the taints the worker has) [K47]."""
         factors: dict[frozenset[str], float] = {}
@@ -242,18 +255,22 @@ class KvScheduler:
     ) -> dict[str, Any]:
         """The candidates with what was known of each, best first."""
         positions = range(len(costs)) if eligible is None else eligible
+        request = view.request
+        holding = self._holding(view) if request.journey is not None and request.ignores_caches else None
         return {
             "policy": self.policy.name,
             "reason": reason,
             "worker": self.load.workers[chosen]._asdict(),
             "block_size": self.block_size,
             "prompt_tokens": view.request.token_count,
-            "candidates": [self._explain_one(view, costs, i) for i in sorted(positions, key=costs.__getitem__)],
+            "candidates": [
+                self._explain_one(view, costs, i, holding) for i in sorted(positions, key=costs.__getitem__)
+            ],
         }
 
-    def _explain_one(self, view: View, costs: Sequence[float], position: int) -> dict[str, Any]:
-        fleet = self.load
-        return {
+    def _explain_one(self, view: View, costs: Sequence[float], position: int, holding: View | None) -> dict[str, Any]:
+        fleet, journey = self.load, view.request.journey
+        explained = {
             **fleet.workers[position]._asdict(),
             "cost": round(costs[position], 3),
             "overlap_blocks": view.overlap(position)._asdict(),
@@ -264,6 +281,9 @@ class KvScheduler:
             "active_requests": fleet.requests[position],
             "terms": {name: round(term, 3) for name, term in self.policy.terms(view, position).items()},
         }
+        if holding is not None and journey is not None:
+            explained["transfer"] = journey.explain(holding, position)
+        return explained
 
     def potential_loads(self, request: RouteRequest, now: float) -> list[dict[str, Any]]:
         """By worker: its load if this request were added [K53]. Changes nothing."""

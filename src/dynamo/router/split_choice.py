@@ -39,7 +39,7 @@ class SplitChoice:
         fleet = self._decode.load
         at = fleet.position[here.worker]
         limits = fleet.limits[at]
-        step_s, token_s = _prompt_time(self._prefill, self._decode)
+        step_s, token_s = prompt_time(self._prefill, self._decode)
         ahead = self._prefill_queue.tokens_ahead(at_prefill or request, request.token_count - there.new_tokens, now)
         queued = _queued(self._prefill, there, now, token_s) + ahead // len(self._prefill.load.workers)
         prefill_limits = self._prefill.load.limits[self._prefill.load.position[there.worker]]
@@ -58,7 +58,7 @@ class SplitChoice:
         )
 
 
-def _prompt_time(prefill: KvScheduler, decode: KvScheduler) -> tuple[float, float]:
+def prompt_time(prefill: KvScheduler, decode: KvScheduler) -> tuple[float, float]:
     """Seconds that any prompt takes, and more for each token: as the prefill workers have shown; as the decode workers
     have, while no more than a few prompts went to those, who else would show nothing before they get some."""
     lines = [each.policy.first_token for each in (prefill, decode) if isinstance(each.policy, PredictedLatency)]

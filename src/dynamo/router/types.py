@@ -6,11 +6,14 @@ keeps up to date, so that a decision costs a few list comprehensions and no obje
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
 from dynamo.runtime.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from dynamo.router.journey import Journey
 
 Number = TypeVar("Number", int, float)
 
@@ -114,11 +117,13 @@ class RouteRequest(msgspec.Struct):
     override: RouterOverride | None = None
     computed: bool = False
     """Another worker has computed the prompt, and the client perhaps seen a token (`computed_elsewhere`)."""
+    journey: "Journey | None" = None
+    """The way that the KV of a computed prompt has to whoever gets it, where that is to count."""
     arrived_at: float = 0.0
 
     @property
     def ignores_caches(self) -> bool:
-        """Whether what workers hold of the prompt speaks for none of them, whatever the policy."""
+        """Whether no policy is to see what workers hold of the prompt: nobody need compute what is missing."""
         return self.computed and self.override is not None and self.override.overlap_score_credit == 0
 
 

@@ -87,6 +87,10 @@ class LinearCost(FixedPolicy):
             decay /= 1 + weights.decay_rate * (queued[position] - min(queued)) / max(1, prompt)
         return min((queued[position] + prompt) / view.block_size, weights.credited(view.overlap(position), decay))
 
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """See `Policy`. Costs are in blocks."""
+        return self._weights_for(view).scale * tokens / view.block_size
+
     def terms(self, view: View, position: int) -> dict[str, float]:
         """Blocks to prefill, the credit for overlap, blocks to decode."""
         fleet, weights = view.fleet, self._weights_for(view)

@@ -26,6 +26,10 @@ class LMetric(FixedPolicy):
         columns = zip(view.fleet.prefill_tokens, view.new_token_column(1), view.fleet.requests, strict=True)
         return [(queued + new) * (batch + 1) for queued, new, batch in columns]
 
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """See `Policy`. Costs are in tokens times requests."""
+        return tokens * (view.fleet.requests[position] + 1)
+
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The two factors."""
         return {

@@ -87,6 +87,10 @@ class MarginalCost(PredictedLatency):
             if over > 0:
                 costs[position] += over_by * over
 
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """See `Policy`. It counts once: nobody comes behind it."""
+        return tokens
+
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The sum's parts in tokens, the prediction, and the pace."""
         fleet, worker = view.fleet, view.fleet.workers[position]

@@ -16,6 +16,11 @@ class Policy(Protocol):
         """One cost for each worker, by position."""
         ...
 
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """How much more this worker costs if the request waits there as long as computing so many tokens takes, without
+        anybody else waiting."""
+        ...
+
     def terms(self, view: View, position: int) -> dict[str, float]:
         """What the cost of one worker is made of, for people who ask why."""
         ...
@@ -34,9 +39,13 @@ class Policy(Protocol):
 
 
 class FixedPolicy:
-    """The part of a policy that learns nothing."""
+    """The part of a policy that learns nothing, and whose costs are tokens to compute."""
 
     learns: ClassVar[bool] = False
+
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """See `Policy`."""
+        return tokens
 
     def prefilled(self, result: Prefilled) -> None:
         """Nothing is learnt."""

@@ -84,6 +84,10 @@ class PredictedLatency:
         """How many times longer this worker takes, for prompts and for output together."""
         return self._prefill_pace.get(worker, ORDINARY).factor * self._decode_pace.get(worker, ORDINARY).factor
 
+    def waiting(self, view: View, position: int, tokens: float) -> float:
+        """See `Policy`. Costs are in tokens times requests."""
+        return tokens * (view.fleet.requests[position] + SOFTENING)
+
     def terms(self, view: View, position: int) -> dict[str, float]:
         """The predictions, and what they were made from."""
         fleet, worker = view.fleet, view.fleet.workers[position]
