@@ -61,6 +61,10 @@ def parser() -> OptionParser:
         default=8000,
         help="port; 0 takes a free one",
     )
+    p.option(
+        http, "--http-workers", env="DYN_HTTP_WORKERS", metavar="N", type=int, default=1,
+        help="processes of the frontend that share the port, for more than one core",
+    )  # fmt: skip
     p.option(http, "--say", metavar="TEXT", help="when ready, send this and show the answer")
     ask = p.add_argument_group("in=text, stdin, batch")
     p.option(ask, "--max-tokens", metavar="N", type=int, help="longest answer (default: the model decides)")
@@ -102,7 +106,7 @@ def parse(argv: Sequence[str], stdin_is_terminal: bool) -> Order:
     options = p.parse(rest)
     if options.model and options.model_path:
         p.error("MODEL and --model-path are the same: give one")
-    for name in ("num_workers", "concurrency"):
+    for name in ("num_workers", "http_workers", "concurrency"):
         if getattr(options, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     if options.prefill_workers < 0:

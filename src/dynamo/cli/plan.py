@@ -47,6 +47,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Beside the others, which then decode only."""
     host: str
     port: int
+    http_workers: int = 1
     router_mode: str
     tensor_parallel: int | None = None
     context_length: int | None = None
@@ -116,6 +117,8 @@ def processes(request: Request, environ: Mapping[str, str], discovery: Path) -> 
         raise PlanError("DYN_DISCOVERY_BACKEND=mem is the memory of one process: unset it, or say file")
     common = _common_environment(environ, discovery)
     where = ["--http-host", request.host, "--http-port", str(request.port)]
+    if request.http_workers > 1:
+        where += ["--http-workers", str(request.http_workers)]
     frontend = ChildSpec(
         "frontend",
         ["-m", "dynamo.frontend", *where, "--router-mode", request.router_mode],

@@ -64,7 +64,7 @@ def _run(order: Order, console: Console) -> int:
     port = _port(host, options.http_port if serve_others else 0)
     request = plan.Request(
         model=model, engine=engine, workers=options.num_workers, prefill_workers=options.prefill_workers,
-        host=host, port=port,
+        host=host, port=port, http_workers=options.http_workers if serve_others else 1,
         router_mode=options.router_mode, tensor_parallel=options.tensor_parallel_size,
         context_length=options.context_length, block_size=options.kv_cache_block_size,
         engine_flags=order.engine_flags, gpus=plan.visible_gpus(), cores=len(os.sched_getaffinity(0)),

@@ -270,14 +270,14 @@ def parse(argv: Sequence[str] | None = None) -> FrontendConfig:
     if given.pop("interactive"):
         p.error("--interactive: the terminal chat is `dynamo run MODEL in=text`")
     try:
+        if given["http_workers"] > 1 and (given["router_mode"] == RouterMode.KV.value or given["load_aware"]):
+            given["router_replica_sync"] = True  # they are one frontend to who started them
         given["router"] = router = router_config(given, RouterMode(given["router_mode"]), splits=True)
     except ValueError as e:
         p.error(str(e))
     given["router_mode"] = router.mode.value
     if given["http_workers"] < 1:
         p.error("--http-workers must be at least 1")
-    if given["http_workers"] > 1 and given["http_port"] == 0:
-        p.error("--http-workers needs a fixed --http-port, which its processes share")
     if bool(given["tls_cert_path"]) != bool(given["tls_key_path"]):
         p.error("--tls-cert-path and --tls-key-path belong together")
     if given["tls_client_ca_cert_path"] and not given["tls_cert_path"]:

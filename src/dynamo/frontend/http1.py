@@ -7,6 +7,10 @@ a server library: docs/explanation/http-server.md.
 """
 
 import asyncio
+import contextlib
+import fcntl
+import sys
+import termios
 import zlib
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -154,7 +158,7 @@ class HttpConnection(asyncio.Protocol):
         self._deaf = True
         self._waiting.clear()
         del self._parser  # which knows us
-        self._server.connections.discard(self)
+        self._server.forget(self)
         listener, self.listener = self.listener, None
         if listener is not None:
             listener.on_gone()
@@ -242,7 +246,7 @@ class HttpConnection(asyncio.Protocol):
         request.path = self._url.partition(b"?")[0].decode("latin-1")
         if self._parser.get_http_version() == "1.0":
             request.version = (1, 0)
-        request.keep_alive = self._parser.should_keep_alive()
+        request.keep_alive = self._parser.should_keep_alive() and self._server.seeing_off_s is None
         limit = self._server.body_limit
         for name, value in request.headers:
             lower = name.lower()
@@ -313,6 +317,8 @@ class HttpConnection(asyncio.Protocol):
             self._answering = self._task = None
             if not keep_alive:
                 self._close()
+            elif self._server.seeing_off_s is not None:
+                self.close_unless_used(self._server.seeing_off_s)
 
     def _hold(self, hold: bool) -> None:
         """Read nothing from the client for now, or go on."""
@@ -356,6 +362,17 @@ class HttpConnection(asyncio.Protocol):
         elif silent_s > IDLE_CONNECTION_S:
             self.transport.close()
 
+    def close_unless_used(self, within_s: float) -> None:
+        """Close after a while, unless a request has come by then: its answer says that it is the last."""
+        asyncio.get_running_loop().call_later(within_s, self._close_unused)
+
+    def _close_unused(self) -> None:
+        if self._answering is None and self._receiving is None and self.transport is not None:
+            if _unread_bytes(self.transport):  # it came while the loop was busy: its client would see it lost
+                self.close_unless_used(0)
+            else:
+                self.transport.close()
+
     def close_if_idle(self) -> None:
         """Close, unless a request is being answered: its answer says that it is the last."""
         if self._answering is None and self.transport is not None:
@@ -374,6 +391,9 @@ class HttpServer:
         self.handler = handler
         self.body_limit = body_limit
         self.connections: set[HttpConnection] = set()
+        self.seeing_off_s: float | None = None
+        """Once set, each request is the last of its connection, and one that is unused for so long is closed."""
+        self._empty: asyncio.Event | None = None  # only while somebody waits for it
         self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
 
     def __call__(self) -> HttpConnection:
@@ -383,6 +403,28 @@ class HttpServer:
         for connection in tuple(self.connections):
             connection.look()
         self._timer = asyncio.get_running_loop().call_later(LOOK_EVERY_S, self._look)
+
+    def forget(self, connection: HttpConnection) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if self._empty is not None and not self.connections:
+            self._empty.set()
+
+    async def see_off(self, polite_s: float, timeout_s: float) -> None:
+        """Let clients go elsewhere, where nobody connects any more; for at most `timeout_s`.
+
+        A client that asks again within `polite_s` of its last answer is answered, and told that its connection ends
+        there. Who does not ask is disconnected.
+        """
+        self.seeing_off_s = polite_s
+        for connection in self.connections:
+            connection.close_unless_used(polite_s)
+        if not self.connections:
+            return
+        self._empty = asyncio.Event()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
 
     def close_idle(self) -> None:
         """Close the connections that nothing is answered on."""
@@ -400,6 +442,14 @@ class HttpServer:
                 connection.transport.abort()
         for task in tasks:
             task.cancel()
+
+
+def _unread_bytes(transport: asyncio.Transport) -> int:
+    """What has come and was not read yet."""
+    number = transport.get_extra_info("socket").fileno()
+    if number < 0:
+        return 0
+    return int.from_bytes(fcntl.ioctl(number, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def decompress(body: bytes, encoding: str, limit: int) -> bytes:

@@ -126,6 +126,13 @@ class Model:
         return ModelObject(self.name, "model", self.created, "nvidia", self.context_length or 0)
 
 
+class Settings(msgspec.Struct, frozen=True):
+    """What operators changed while the frontend ran, by model."""
+
+    thresholds: dict[str, LoadThresholdConfig] = {}
+    splits: dict[str, KvRouterConfig] = {}
+
+
 class ModelRegistry:
     """All models, kept up to date by `follow`."""
 
@@ -197,6 +204,18 @@ class ModelRegistry:
         for worker_set in model.sets.values() if model is not None else ():
             worker_set.set_split(config)
 
+    @property
+    def settings(self) -> Settings:
+        """All that `set_thresholds` and `set_split` were given."""
+        return Settings(self._thresholds, self._splits)
+
+    def adopt(self, settings: Settings) -> None:
+        """Set what was set at another process."""
+        for name, thresholds in settings.thresholds.items():
+            self.set_thresholds(name, thresholds)
+        for name, config in settings.splits.items():
+            self.set_split(name, config)
+
     def ready(self) -> list[Model]:
         """The models that can answer, in order of appearance."""
         return [model for model in self._models.values() if model.ready]
@@ -214,8 +233,9 @@ class ModelRegistry:
         """Follow discovery for ever."""
         changes = self._runtime.discovery.watch(CARD_PREFIX)
         unseen = await self._first_look()
-        self.looked = not unseen
-        if unseen:  # bounded: a key may have gone between the look and the watch, of which nobody tells then
+        if not unseen:
+            self._have_looked()
+        else:  # bounded: a key may have gone between the look and the watch, of which nobody tells then
             asyncio.get_running_loop().call_later(FIRST_LOOK_S, self._have_looked)
         async for change in changes:
             try:
@@ -228,10 +248,27 @@ class ModelRegistry:
                 log.warning("ignoring the model card %s: %s", change.key, e)
             if not self.looked:
                 unseen.discard(change.key)
-                self.looked = not unseen
+                if not unseen:
+                    self._have_looked()
 
     def _have_looked(self) -> None:
         self.looked = True
+        self._tell()
+
+    async def settled(self, timeout_s: float) -> bool:
+        """Wait until each model that was there when this frontend came can be used, or was tried in vain."""
+        changed = asyncio.Event()
+        self.on_change(changed.set)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.looked or not all(s.ready or s.can_prefill or s.trouble for s in self._sets.values()):
+                    await changed.wait()
+                    changed.clear()
+        except TimeoutError:
+            return False
+        finally:
+            self._listeners.remove(changed.set)
+        return True
 
     async def _first_look(self) -> set[str]:
         """The keys of all cards that are there now, once discovery can say."""
@@ -333,6 +370,9 @@ class ModelRegistry:
             self._metrics.model_ready.labels(model.name).value = int(model.ready)
             for worker_set in model.sets.values():
                 self._note_facts(model.name, worker_set.card)
+        self._tell()
+
+    def _tell(self) -> None:
         for listener in tuple(self._listeners):
             listener()
 

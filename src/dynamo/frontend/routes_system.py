@@ -11,6 +11,7 @@ from dynamo.frontend.http1 import Request, Sent
 from dynamo.frontend.metrics import FrontendMetrics
 from dynamo.frontend.models import ModelRegistry
 from dynamo.frontend.server import answer
+from dynamo.frontend.siblings import Siblings
 from dynamo.runtime.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ class SystemRoutes:
         self, models: ModelRegistry, metrics: FrontendMetrics, path_of: Mapping[str, str], limits: Limits
     ) -> None:
         self.draining = False
+        self.siblings: Siblings | None = None
+        """The other processes of the port, where there are some."""
         self._models = models
         self._metrics = metrics
         self._path_of = path_of
@@ -57,8 +60,9 @@ class SystemRoutes:
         return answer(request, 200, b'{"status":"live","message":"Service is live"}')
 
     async def metrics(self, request: Request) -> Sent:
-        """GET /metrics."""
-        return answer(request, 200, self._metrics.render(), CONTENT_TYPE)
+        """GET /metrics: what all processes of this port have counted."""
+        text = self._metrics.render() if self.siblings is None else await self.siblings.metrics()
+        return answer(request, 200, text, CONTENT_TYPE)
 
     async def openapi(self, request: Request) -> Sent:
         """GET /openapi.json."""

@@ -20,6 +20,7 @@ from dynamo.frontend.routes_admin import AdminRoutes
 from dynamo.frontend.routes_models import ModelRoutes
 from dynamo.frontend.routes_openai import OpenAIRoutes, load_template
 from dynamo.frontend.routes_system import SystemRoutes
+from dynamo.frontend.siblings import Share, Siblings
 from dynamo.frontend.watchdog import Watchdog
 from dynamo.router.options import options_without_effect
 from dynamo.runtime.distributed import DistributedRuntime
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 WATCH_INTERVAL_S = 1.0  # how late a silent worker or a stalled client may be noticed
 TLS_HANDSHAKE_S = 10.0  # browsers far away need three round trips; who says nothing holds a socket no longer
+SETTLE_S = 15.0  # for the files of a model and what is cached of it; who needs longer is waited for by its requests
+POLITE_S = 2.0  # clients that keep a connection busy ask again within it, and are told then to make a new one
 LAST_WORDS_S = 1.0  # for the errors of requests that outlived the shutdown's grace to reach their clients
 
 
@@ -67,11 +70,12 @@ class FrontendService:
         keep_alive_s = limits.sse_keep_alive_ms / 1e3
         self._watchdog = Watchdog(min(WATCH_INTERVAL_S, limits.stream_timeout_s / 4, (keep_alive_s or 4) / 4))
         self._system = SystemRoutes(self.models, self.metrics, path_of, limits)
+        self._admin = AdminRoutes(self.models, config.router_mode, unused)
         self._app = App(
             OpenAIRoutes(self.models, self.metrics, limits, self._watchdog, defaults, migration),
             ModelRoutes(self.models),
             self._system,
-            AdminRoutes(self.models, config.router_mode, unused),
+            self._admin,
             self.metrics,
             limits,
             path_of,
@@ -79,10 +83,12 @@ class FrontendService:
         self._monitor = LoopMonitor(runtime.metrics, config.metrics_prefix)
         self._following: asyncio.Task[None] | None = None
         self._http: HttpServer | None = None
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
+        self._siblings: Siblings | None = None
 
-    async def start(self, *, reuse_port: bool = False) -> None:
-        """Begin to follow discovery and to listen.
+    async def start(self, share: Share | None = None) -> None:
+        """Begin to follow discovery, and to listen. Where the port is shared others answer there meanwhile, so that
+        this process listens only once it can answer too.
 
         Raises:
             OSError: the address cannot be bound.
@@ -90,18 +96,23 @@ class FrontendService:
         """
         loop = asyncio.get_running_loop()
         self._http = HttpServer(self._app, self._limits.body_limit_bytes)
-        self._listening = await loop.create_server(
-            self._http,
-            self._config.http_host,
-            self._config.http_port,
-            **_encryption(self._config),
-            backlog=self._limits.listen_backlog,
-            reuse_port=reuse_port or None,
-        )
+        options = {**_encryption(self._config), "backlog": self._limits.listen_backlog}
+        if share is None:
+            where = self._config.http_host, self._config.http_port
+            self._listening.append(await loop.create_server(self._http, *where, **options))
         self._following = loop.create_task(self.models.follow(), name="model cards")
         self._following.add_done_callback(_report_end)
         self._monitor.start()
         self._runtime.metrics.on_scrape(self._update_series)
+        if share is not None:
+            siblings = Siblings(share, self.metrics, self._config.metrics_prefix, self.models)
+            await siblings.start()
+            self._siblings = self._system.siblings = siblings
+            self._admin.on_change = siblings.tell_settings
+            if not await self.models.settled(SETTLE_S):
+                log.warning("some models cannot be used yet; listening all the same")
+            for sock in share.listening:
+                self._listening.append(await loop.create_server(self._http, sock=sock, **options))
 
     def _update_series(self) -> None:
         """Before each scrape, whichever port it comes to."""
@@ -113,8 +124,7 @@ class FrontendService:
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        assert self._listening is not None
-        port: int = self._listening.sockets[0].getsockname()[1]
+        port: int = self._listening[0].sockets[0].getsockname()[1]
         return port
 
     @property
@@ -128,6 +138,19 @@ class FrontendService:
         """Take no new requests; `/health` says so. What runs goes on."""
         self._system.draining = True
 
+    async def hand_over(self) -> None:
+        """Leave a port on which others go on: whoever connects now is theirs, and who is connected here is answered."""
+        await self._stop_listening()
+        if self._http is not None:
+            await self._http.see_off(POLITE_S, POLITE_S + self._limits.stream_timeout_s)
+
+    async def _stop_listening(self) -> None:
+        for server in self._listening:
+            server.close()
+        self._listening.clear()
+        if self._siblings is not None:
+            await self._siblings.close()
+
     async def close(self) -> None:
         """Drain, give what runs `DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS`, end the rest with an error, and close."""
         self.drain()
@@ -135,8 +158,7 @@ class FrontendService:
             for answer in self._watchdog.watched:
                 answer.fail(EngineShutdown("the frontend is shutting down"))
             await self._app.finished(LAST_WORDS_S)
-        if self._listening is not None:
-            self._listening.close()
+        await self._stop_listening()
         if self._http is not None:
             await self._http.shutdown(LAST_WORDS_S)
         self._watchdog.close()
