@@ -15,7 +15,7 @@ SECONDS ?= 60
 SEED ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run install test lint bench chaos docs clean
+.PHONY: help run install test lint bench chaos fuzz docs clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/'
@@ -43,6 +43,10 @@ bench: install  ## Measure against the peer and write docs/reference/benchmarks.
 
 chaos: install  ## Break a deployment under load for SECONDS, by SEED, and hold it to its promises (needs root)
 	$(BIN)/python -m chaos --seconds $(SECONDS) --seed $(SEED) $(CHAOS_ARGS)
+
+fuzz: install  ## Feed the decoders bytes that nobody of ours would send, each for SECONDS
+	$(BIN)/pip install -q --editable '.[fuzz]'
+	$(BIN)/python -m fuzz --seconds $(SECONDS) $(FUZZ_ARGS)
 
 docs: install  ## Write docs/reference/cli.md anew from the parsers
 	$(BIN)/python scripts/cli_reference.py

@@ -69,6 +69,8 @@ async def serves(worker: DistributedRuntime) -> bool:
         HELLO + framed(wire.REQUEST, b"\x94\x01\xa1p\x80" + b"\x91" * 200_000 + b"\x01"),
         HELLO + bytes(wire.frame(wire.CANCEL, (1, 5))),
         HELLO + bytes(wire.frame(wire.HELLO, ("x",))),
+        HELLO + bytes(wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "x"))),
+        wire.PREAMBLE + bytes(wire.frame(wire.HELLO, (wire.MAX_GREETING_BYTES - 1, "x"))),
         wire.PREAMBLE + (wire.MAX_GREETING_BYTES + 1).to_bytes(4, "big"),
         wire.PREAMBLE + bytes(wire.frame(wire.PING, ())),
         wire.PREAMBLE + bytes(wire.frame(wire.REQUEST, (1, "path", {}, None))),
@@ -114,6 +116,25 @@ def test_random_bytes_never_harm_the_worker(data: bytes, greet: bool) -> None:
             await worker.close()
 
     asyncio.run(scenario())
+
+
+async def test_a_caller_that_takes_only_short_frames_gets_all_ends(runtime: DistributedRuntime) -> None:
+    count, limit = 2000, wire.MAX_GREETING_BYTES
+    held = Held()
+    served = await runtime.endpoint(ENDPOINT).start_push_endpoint(held)
+    reader, writer = await dial(runtime)
+    writer.write(wire.PREAMBLE + wire.frame(wire.HELLO, (limit, "short")))
+    for stream in range(count):
+        writer.write(wire.frame(wire.REQUEST, (stream, served.route.path, {}, None)))
+    for each in await held.wait(count):
+        each.end()
+    got, ended = wire.FrameReader(limit), list[int]()
+    async with asyncio.timeout(SOON_S):
+        while len(ended) < count and (data := await reader.read(65536)):
+            for kind, body in got.feed(data):
+                ended += wire.decode_items(body).ended if kind == wire.ITEMS else []
+    assert ended == list(range(count))
+    writer.close()
 
 
 async def test_a_truncated_frame_holds_nobody_up(worker: DistributedRuntime) -> None:

@@ -236,12 +236,12 @@ async def test_a_request_over_the_limit_is_refused_before_it_is_sent(
     runtime: DistributedRuntime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await runtime.endpoint(ENDPOINT).start_endpoint(count)
-    monkeypatch.setenv("DYN_TCP_MAX_MESSAGE_SIZE", "1000")
+    monkeypatch.setenv("DYN_TCP_MAX_MESSAGE_SIZE", "5000")
     async with caller() as other:
         client = await connect(other)
-        with pytest.raises(InvalidArgument, match="over the limit of 1000"):
-            await client.generate("x" * 2000)
-        sink = await push(client, "x" * 2000).finished()
+        with pytest.raises(InvalidArgument, match="over the limit of 5000"):
+            await client.generate("x" * 6000)
+        sink = await push(client, "x" * 6000).finished()
         assert isinstance(sink.error, InvalidArgument)
         assert client.inflight(client.pick()) == 0
 

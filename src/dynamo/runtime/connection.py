@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 3.0  # DYN_TCP_CONNECT_TIMEOUT, the default users know
 PING_INTERVAL_S = 2.0  # DYN_TCP_PING_INTERVAL_SECS
 MISSED_PINGS = 3  # so a silent peer is given up after 6 to 8 s
+MAX_PATH = 512  # letters; no endpoint's path is longer
 MAX_UNSENT_BYTES = 64 << 20  # two largest messages; a peer that leaves more unread is not reading
 
 
@@ -248,7 +249,8 @@ class Connection(asyncio.Protocol):
         elif kind == wire.LEAVING:
             paths = wire.decode_paths(body)
             self._pool.leaving(paths)
-            self.send(wire.LEFT, paths)
+            for path in paths:  # all together may be more than it takes
+                self.send(wire.LEFT, [path[:MAX_PATH]])
         elif kind == wire.HELLO:
             hello = wire.decode_hello(body)
             self._peer_max = min(self._peer_max, hello.max_message_bytes)
@@ -369,7 +371,7 @@ class ConnectionPool:
         self._exchange = exchange
         self.stats = metrics.request_plane
         self.sockets = metrics.transport
-        self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
+        self.max_message_bytes = wire.max_message_bytes()
         self.connect_timeout_s = env_number("DYN_TCP_CONNECT_TIMEOUT", CONNECT_TIMEOUT_S)
         self.ping_interval_s = env_number("DYN_TCP_PING_INTERVAL_SECS", PING_INTERVAL_S)
         self.on_connected: list[Callable[[str], None]] = []

@@ -125,6 +125,8 @@ class ServerConnection(asyncio.Protocol):
             if stream is not None:
                 stream.set_flow(flow.go)
         elif kind == wire.HELLO:
+            if self.greeted:
+                raise wire.ProtocolError("a second greeting")
             self._peer_max = min(self._peer_max, wire.decode_hello(body).max_message_bytes)
             self.greeted = True
             if self._server.leaving:
@@ -236,6 +238,10 @@ class ServerConnection(asyncio.Protocol):
             self._frame_items(streams[middle:], items[middle:], [], parts)
             failed = {stream for stream, _ in self.errors_out}
             self._frame_items([], [], [stream for stream in ended if stream not in failed], parts)
+        elif not items:  # each of these ends is shorter than any limit
+            middle = len(ended) // 2
+            self._frame_items([], [], ended[:middle], parts)
+            self._frame_items([], [], ended[middle:], parts)
         else:
             large = streams[0]
             self.errors_out.append((large.id, _too_large(self._peer_max)))
@@ -329,7 +335,7 @@ class RequestServer:
         self.admitting = True
         self.leaving: set[str] = set()
         self.records_spans = configure_tracing()
-        self.max_message_bytes = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", wire.DEFAULT_MAX_MESSAGE_BYTES))
+        self.max_message_bytes = wire.max_message_bytes()
         self.host_port = ""
         """Where callers reach this: `host:port`, or `nats:` and the inbox."""
         self._server: asyncio.Server | None = None

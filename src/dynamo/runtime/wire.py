@@ -20,11 +20,12 @@ All that a worker sends in one turn of its event loop to one caller is in one IT
 """
 
 import struct
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from dynamo.runtime.errors import UNDECODABLE, InvalidArgument, WireError
+from dynamo.runtime.options import env_number
 
 PREAMBLE = b"DYN1\x01"
 HEADER_BYTES = 5
@@ -48,7 +49,7 @@ MALFORMED = (ProtocolError, *UNDECODABLE)
 class Hello(msgspec.Struct, array_like=True):
     """The first frame of each side. `process` names the peer in logs."""
 
-    max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES
+    max_message_bytes: Annotated[int, msgspec.Meta(ge=MAX_GREETING_BYTES)] = DEFAULT_MAX_MESSAGE_BYTES
     process: str = ""
 
 
@@ -141,6 +142,14 @@ def frame(kind: int, body: object) -> bytearray:
 
 PING_FRAME = bytes(frame(PING, ()))
 PONG_FRAME = bytes(frame(PONG, ()))
+
+
+def max_message_bytes() -> int:
+    """The largest frame that this process takes. Raises ValueError naming the variable."""
+    limit = int(env_number("DYN_TCP_MAX_MESSAGE_SIZE", DEFAULT_MAX_MESSAGE_BYTES))
+    if limit < MAX_GREETING_BYTES:
+        raise ValueError(f"DYN_TCP_MAX_MESSAGE_SIZE: {limit} is less than the {MAX_GREETING_BYTES} of a greeting")
+    return limit
 
 
 def check_size(buffer: bytearray, max_bytes: int, what: str) -> None:
