@@ -8,6 +8,7 @@ import pytest
 
 from dynamo.frontend.service import FrontendService
 from dynamo.llm.model_card import WorkerType
+from dynamo.llm.protocols.engine import SEED_IS_OURS
 from dynamo.llm.tokenizer import Tokenizer
 from dynamo.router.types import WorkerKey
 from dynamo.runtime.errors import StreamIncomplete
@@ -76,7 +77,8 @@ async def test_the_first_token_comes_from_prefill_and_the_rest_from_decode(split
     tokens = Tokenizer.load(model_dir).encode("one two")
     wire = await Wire.open(split.service.port)
     nvext = {"extra_fields": ["worker_id", "timing"]}
-    wire.post(COMPLETIONS, {"model": "tiny", "prompt": [100, 101], "max_tokens": 9, "stream": True, "nvext": nvext})
+    body = {"model": "tiny", "prompt": [100, 101], "max_tokens": 9, "temperature": 0, "stream": True, "nvext": nvext}
+    wire.post(COMPLETIONS, body)
     taken = await split.prefill.take()
     assert taken.request.token_ids == [100, 101]
     assert taken.request.stop_conditions.max_tokens == 1
@@ -115,6 +117,7 @@ async def test_both_workers_draw_by_the_same_seed_unless_nothing_is_drawn(split:
         assert seed == taken.request.sampling_options.seed
         assert (seed is not None) == sampled
         assert given.get("seed", seed) == seed
+        assert (SEED_IS_OURS in (decoding.request.prefill_result or {})) == (sampled and not given)
         decoding.answer("")
         await wire.read()
 
@@ -154,6 +157,7 @@ async def test_a_prompt_whose_prefill_is_lost_is_computed_by_the_decode_worker(s
         await split.prefill.die()
     decoding = await split.decode.take()
     assert decoding.request.prefill_result is None
+    assert decoding.request.sampling_options.seed is None  # one worker draws, so none is needed
     decoding.answer("whole")
     assert (await wire.read()).json()["choices"][0]["message"]["content"] == "whole"
 

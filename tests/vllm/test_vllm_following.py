@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dynamo.engine.takeover import Refusal
-from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PromptTokensDetails
+from dynamo.llm.protocols.engine import SEED_IS_OURS, CompletionUsage, EngineOutput, PromptTokensDetails
 from dynamo.vllm.driver import EXTERNAL_TOKENS, FIRST_TOKEN
 from dynamo.vllm.following import may_follow
 from tests.vllm.test_vllm_roles import FIRST, GRANT, PROMPT, Taking
@@ -14,8 +14,8 @@ from tests.vllm.test_vllm_roles import FIRST, GRANT, PROMPT, Taking
 PLAIN = {"temperature": 0.0, "seed": None, "max_tokens": 10}
 
 
-def following(**fields: Any) -> Taking:
-    return Taking(longest=len(PROMPT), params=PLAIN | fields)
+def following(result: dict[str, Any] | None = None, **fields: Any) -> Taking:
+    return Taking(longest=len(PROMPT), params=PLAIN | fields, result=result)
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,32 @@ def following(**fields: Any) -> Taking:
 )
 def test_only_what_does_not_count_an_answers_tokens_from_the_first_follows(fields: dict[str, Any], may: bool) -> None:
     assert may_follow(SimpleNamespace(**(PLAIN | fields))) is may
+
+
+def test_a_seed_that_is_not_the_clients_follows_and_is_dropped() -> None:
+    sampled = {"temperature": 0.7, "seed": 3}
+    assert may_follow(SimpleNamespace(**(PLAIN | sampled)), any_seed=True)
+    taking = following(**sampled, result={SEED_IS_OURS: True})
+    taking.claims.then(GRANT)
+    (sent,) = taking.engine.sent
+    assert sent.token_ids == [*PROMPT, FIRST]
+    assert sent.sampling_params.seed is None
+
+
+@pytest.mark.parametrize("result", [{}, {SEED_IS_OURS: False}])
+def test_a_clients_seed_draws_the_first_token_again(result: dict[str, Any]) -> None:
+    taking = following(temperature=0.7, seed=3, result=result)
+    taking.claims.then(GRANT)
+    (sent,) = taking.engine.sent
+    assert (sent.token_ids, sent.sampling_params.seed) == (PROMPT, 3)
+    assert sent.sampling_params.extra_args[FIRST_TOKEN] == FIRST
+
+
+def test_a_seed_that_is_not_the_clients_stays_where_tokens_are_counted_from_the_first() -> None:
+    taking = following(temperature=0.7, seed=3, presence_penalty=0.5, result={SEED_IS_OURS: True})
+    taking.claims.then(GRANT)
+    (sent,) = taking.engine.sent
+    assert (sent.token_ids, sent.sampling_params.seed) == (PROMPT, 3)
 
 
 def test_the_engine_begins_behind_the_clients_token() -> None:

@@ -97,11 +97,18 @@ class ScriptedClaims(Claims):
 class Taking:
     """A decode role with one request in it."""
 
-    def __init__(self, *, longest: int = 0, params: dict[str, Any] | None = None, **sections: Any) -> None:
+    def __init__(
+        self,
+        *,
+        longest: int = 0,
+        params: dict[str, Any] | None = None,
+        result: dict[str, Any] | None = None,
+        **sections: Any,
+    ) -> None:
         self.metrics = Metrics(1)
         self.claims, self.engine = ScriptedClaims(self.metrics), Engine()
         self.role = Decode(self.engine, self.claims, lambda: 1000)
-        result = {"disaggregated_params": {}, "token_ids": [FIRST]}
+        result = {"disaggregated_params": {}, "token_ids": [FIRST]} | (result or {})
         self.wanted = self.role.adapt(request(PROMPT, prefill_result=result, **sections))
         self.role.longest = longest
         self.params = Params()

@@ -17,7 +17,7 @@ from dynamo.frontend.answer import Answer
 from dynamo.frontend.metrics import Push
 from dynamo.frontend.migration import RETRY_S, Migration
 from dynamo.frontend.pools import Workers
-from dynamo.frontend.remote_prefill import RemotePrefill, Unpaired, give_seed
+from dynamo.frontend.remote_prefill import RemotePrefill, Unpaired
 from dynamo.frontend.route import OutputBlocks, Route, name_rank, wanted_of
 from dynamo.frontend.stream_facts import note_worker
 from dynamo.llm.output import ChoiceDecoder, TextDelta
@@ -158,7 +158,6 @@ class EngineStream:
         return found.remote
 
     def _prefill(self, remote: RemotePrefill) -> None:
-        give_seed(self._request)
         answer = self._answer
         self.remote = remote
         answer.dispatched_at = answer.active_at = perf_counter()
@@ -188,7 +187,7 @@ class EngineStream:
         if self.ended or answer.closed:
             remote.cancel()  # the first token was the last
             return
-        self._request.prefill_result = {"disaggregated_params": remote.take_handle(), "token_ids": tokens}
+        self._request = remote.go_on(self._request, tokens)
         self._go_on_from(remote)
 
     def _meets(self, meeting: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import msgspec
 from dynamo.frontend.pools import PrefillPool
 from dynamo.frontend.route import Route, name_rank, wanted_of
 from dynamo.llm.kv_lease import Keeping
-from dynamo.llm.protocols.engine import EngineOutput, PreprocessedRequest
+from dynamo.llm.protocols.engine import SEED_IS_OURS, EngineOutput, PreprocessedRequest
 from dynamo.llm.topology import Near
 from dynamo.router.model_router import ModelRouter
 from dynamo.router.model_split import ModelSplit
@@ -60,6 +60,7 @@ class RemotePrefill:
         "_pairs",
         "_pool",
         "_request",
+        "_seed",
         "_wanted",
         "began_at",
         "dp_rank",
@@ -89,7 +90,8 @@ class RemotePrefill:
         self._pairs = pairs
         self.near: Near | None = None
         """Where its KV may, or should, go; once a worker was chosen."""
-        self._request = for_prefill(request)
+        self._seed = seed_for(request)
+        self._request = seeded(for_prefill(request), self._seed)
         self._context = context.detached(f"{context.id()}-prefill")
         self._done = done
         self._failed = failed
@@ -147,6 +149,16 @@ class RemotePrefill:
     def serves(self) -> bool:
         """Whether the prompt is, or was, computed for the decode worker: not if that does it alone."""
         return self.took_s > 0 or self.meeting is not None
+
+    def go_on(self, request: PreprocessedRequest, token_ids: list[int]) -> PreprocessedRequest:
+        """What the decode worker gets. The handle is its for its one use. Where the seed is ours, its engine may do
+        without."""
+        result: dict[str, Any] = {"disaggregated_params": self.take_handle(), "token_ids": token_ids}
+        if self._seed is not None:
+            result[SEED_IS_OURS] = True
+        request = seeded(request, self._seed)
+        request.prefill_result = result
+        return request
 
     def take_handle(self) -> dict[str, Any] | None:
         """The handle, for its one use."""
@@ -293,8 +305,15 @@ def for_prefill(request: PreprocessedRequest) -> PreprocessedRequest:
     return msgspec.structs.replace(request, routing=routing, stop_conditions=stops)
 
 
-def give_seed(request: PreprocessedRequest) -> None:
-    """Let both workers draw the same first token: a sampled request without a seed gets one."""
+def seed_for(request: PreprocessedRequest) -> int | None:
+    """What lets both workers draw the same first token, if the request needs it and has none: it is sampled."""
     sampling = request.sampling_options
-    if sampling.seed is None and sampling.temperature != 0:
-        sampling.seed = random.randrange(MAX_SEED)
+    return random.randrange(MAX_SEED) if sampling.seed is None and sampling.temperature != 0 else None
+
+
+def seeded(request: PreprocessedRequest, seed: int | None) -> PreprocessedRequest:
+    """The request with this seed, if there is one."""
+    if seed is None:
+        return request
+    sampling = msgspec.structs.replace(request.sampling_options, seed=seed)
+    return msgspec.structs.replace(request, sampling_options=sampling)

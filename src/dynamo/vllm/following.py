@@ -26,15 +26,15 @@ _OF_ANSWERS = (  # what looks at an answer's tokens from its first one on, or re
 )
 
 
-def may_follow(params: Any) -> bool:
+def may_follow(params: Any, *, any_seed: bool = False) -> bool:
     """Whether the tokens after the first come out alike. `params` are vLLM's, without what we add to them.
 
     A repetition penalty counts prompt and answer alike. A seed draws a number for each token of the answer; a request
-    without one draws whatever comes.
+    without one draws whatever comes, and so may one whose seed is of no matter to its client (`any_seed`).
     """
     if any(getattr(params, name, None) for name in _OF_ANSWERS) or params.max_tokens == 1:
         return False
-    return params.seed is None or params.temperature < _GREEDY
+    return any_seed or params.seed is None or params.temperature < _GREEDY
 
 
 def behind(request: DriverRequest, token: int) -> DriverRequest:

@@ -15,7 +15,13 @@ import msgspec
 
 from dynamo.engine.handoff import NO_HANDOFF, Layout, Ledger
 from dynamo.engine.takeover import Claim, Claims, Grant, Refusal, first_token_of
-from dynamo.llm.protocols.engine import CompletionUsage, EngineOutput, PreprocessedRequest, PromptTokensDetails
+from dynamo.llm.protocols.engine import (
+    SEED_IS_OURS,
+    CompletionUsage,
+    EngineOutput,
+    PreprocessedRequest,
+    PromptTokensDetails,
+)
 from dynamo.runtime.errors import DynamoException, InvalidArgument, StreamIncomplete
 from dynamo.vllm.driver import EXTERNAL_TOKENS, FIRST_TOKEN, DriverRequest
 from dynamo.vllm.following import behind, may_follow
@@ -184,10 +190,13 @@ class Decode:
         if token is not None and not 0 <= token < self._vocabulary():
             raise InvalidArgument(f"prefill_result.token_ids: {token} is no token of this model", "prefill_result")
         takeover = _Takeover(request, token, time.monotonic())
+        any_seed = original.prefill_result.get(SEED_IS_OURS) is True
         if token is None:
             pass
-        elif len(request.token_ids) <= self.longest and may_follow(request.sampling_params):
+        elif len(request.token_ids) <= self.longest and may_follow(request.sampling_params, any_seed=any_seed):
             takeover.request, takeover.first_token, takeover.shift = behind(request, token), None, 1
+            if any_seed:
+                takeover.request.sampling_params.seed = None
         else:
             _add(request.sampling_params, FIRST_TOKEN, token)
         self._takeovers[request.request_id] = takeover

@@ -8,6 +8,9 @@ from typing import Any, Literal
 
 import msgspec
 
+SEED_IS_OURS = "seed_is_frontends"
+"""In `prefill_result`: the client gave no seed. The one that is there is to draw the first token again, no more."""
+
 FinishReason = Literal["stop", "eos", "length", "cancelled", "content_filter", "error"]
 """How a choice ended, in the engine's words; the OpenAI side says `stop` for both `eos` and `stop`."""
 
