@@ -17,6 +17,7 @@ import msgspec
 
 from dynamo.runtime.address import NATS, EndpointAddress, split_host_port
 from dynamo.runtime.discovery import Change, Delete, Discovery
+from dynamo.runtime.discovery.watching import Watch
 from dynamo.runtime.errors import UNDECODABLE
 from dynamo.runtime.options import env_number
 
@@ -163,6 +164,7 @@ class InstanceSet:
                 change = await anext(changes)
                 self._apply(change)
                 unseen.discard(change.key)
+        self._tell()
         self._watching = asyncio.get_running_loop().create_task(self._follow(changes), name=f"instances {self.address}")
 
     async def close(self) -> None:
@@ -264,13 +266,14 @@ class InstanceSet:
     async def _follow(self, changes: AsyncIterator[Change]) -> None:
         async for change in changes:
             self._apply(change)
+            if not (isinstance(changes, Watch) and changes.waiting):  # what comes at once is told at once: telling
+                self._tell()  # costs as much as there are workers
 
     def _apply(self, change: Change) -> None:
         if isinstance(change, Delete):
             self._delete(change.key)
         else:
             self._put(change.key, change.value)
-        self._tell()
 
     def _put(self, key: str, value: bytes) -> None:
         try:

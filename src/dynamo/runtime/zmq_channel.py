@@ -23,6 +23,7 @@ from dynamo.runtime.events import EventScope
 
 HEARTBEAT_MS: Final = 2000  # as the request plane's pings
 HEARTBEAT_TIMEOUT_MS: Final = 6000  # a silent peer is given up after this
+MAX_SOCKETS: Final = 32768  # of a process; ZeroMQ's own 1,023 would be 500 simulated workers with two publishers each
 RESOLVE_TIMEOUT_S: Final = 5.0  # for the name of a host
 
 NOBLOCK: Final = zmq.NOBLOCK
@@ -69,6 +70,7 @@ def zmq_socket(kind: int) -> zmq.Socket[bytes]:
     if pid not in _contexts:
         # One thread moves some hundred MB a second; more only help many publishers of one process.
         _contexts[pid] = zmq.Context(io_threads=whole_number("DYN_ZMQ_IO_THREADS", 1, 64))
+        _contexts[pid].set(zmq.MAX_SOCKETS, MAX_SOCKETS)
     made = _contexts[pid].socket(kind)
     made.set(zmq.SNDHWM if kind == zmq.PUB else zmq.RCVHWM, hwm)
     made.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

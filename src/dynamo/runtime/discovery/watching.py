@@ -26,6 +26,11 @@ class Watch(AsyncIterator[Change]):
             self._pending[change.key] = change
             self._wake.set()
 
+    @property
+    def waiting(self) -> int:
+        """Changes that were told and not read yet."""
+        return len(self._pending)
+
     def close(self) -> None:
         """End the iteration, after what is already queued."""
         self._closed = True
