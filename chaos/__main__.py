@@ -7,16 +7,19 @@ thing after the other. Exit status 0: all held, or it cannot be tried here, whic
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from chaos.backends import BACKENDS
-from chaos.faults import FAULTS, ROLLING, SERVER_FAULTS, Fault, Scene
+from chaos.faults import FAULTS, ROLLING, SERVER_FAULTS, SHARED_PORT, Fault, Scene
 from chaos.fleet import MODEL, Fleet, Kind, Settings
 from chaos.load import Load
 from chaos.network import Network, remove_leftovers, why_not
@@ -39,6 +42,7 @@ def arguments() -> argparse.Namespace:
         "--backend", choices=list(BACKENDS), default="file", help="how processes find and reach each other"
     )
     parser.add_argument("--router-mode", default="kv", help="of both frontends")
+    parser.add_argument("--http-workers", type=int, default=1, help="processes that share the port of each frontend")
     parser.add_argument("--clients", type=int, default=12, help="that ask at once")
     parser.add_argument("--faults", default="", help="only those with one of these words in their names, by comma")
     parser.add_argument("--once", action="store_true", help="each fault once, however long that takes")
@@ -47,10 +51,12 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(words: str, draw: random.Random, kinds: set[Kind]) -> list[tuple[str, Fault]]:
+def plan(words: str, draw: random.Random, kinds: set[Kind], *, shared_port: bool = False) -> list[tuple[str, Fault]]:
     """All faults that are wanted, in an order of the seed's. Raises SystemExit where there is none."""
     wanted = [word.strip() for word in words.split(",") if word.strip()]
     there = FAULTS | {name: fault for kind in sorted(kinds) for name, fault in SERVER_FAULTS.get(kind, {}).items()}
+    if shared_port:
+        there |= SHARED_PORT
     faults = [(name, fault) for name, fault in there.items() if not wanted or any(word in name for word in wanted)]
     if not faults:
         raise SystemExit(f"no fault has any of {wanted} in its name; there are: {', '.join(there)}")
@@ -72,7 +78,8 @@ async def break_things(scene: Scene, args: argparse.Namespace, began: float) -> 
         print(f"{started:6.1f} s  {name} ({scene.target})", flush=True)
         await asyncio.sleep(BETWEEN_S)
 
-    faults = plan(args.faults, scene.random, {member.kind for member in scene.fleet.backends})
+    kinds = {member.kind for member in scene.fleet.backends}
+    faults = plan(args.faults, scene.random, kinds, shared_port=args.http_workers > 1)
     await asyncio.sleep(FIRST_S)
     while len(windows) < len(faults) if args.once else time.monotonic() - began < args.seconds:
         name, fault = faults[len(windows) % len(faults)]
@@ -114,6 +121,18 @@ def left_behind(fleet: Fleet, keys: list[str]) -> list[str]:
     return said + ([f"{len(keys)} keys stayed in discovery: {keys[:3]}"] if keys else [])
 
 
+@contextlib.contextmanager
+def shared_disk(place: Path) -> Iterator[Path]:
+    """A small disk of its own, for as long as it is needed."""
+    place.mkdir()
+    try:
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place)], check=True)
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=False)
+        place.rmdir()
+
+
 def main() -> int:
     """Run, print and write the report. Returns the exit status."""
     args = arguments()
@@ -126,22 +145,17 @@ def main() -> int:
     for old in (out / "logs").iterdir():
         if old.is_file():
             old.unlink()
-    shared = out / f"disk-{os.getpid()}"
-    shared.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(shared)], check=True)
     model = make_demo_model(out / "model", weights=False)
     backend = BACKENDS[args.backend]
     names = [f"f{i}" for i in range(FRONTENDS)] + [f"w{i}" for i in range(WORKERS)] + list(backend.hosts)
-    network = Network(names, args.seed)
-    environ = backend.environ(network)
-    settings = Settings(model, out / "logs", shared, FRONTENDS, WORKERS, args.router_mode, environ=environ)
-    try:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # through all that cleans up
+    with shared_disk(out / f"disk-{os.getpid()}") as shared, contextlib.closing(Network(names, args.seed)) as network:
+        settings = Settings(
+            model, out / "logs", shared, FRONTENDS, WORKERS, args.router_mode,
+            environ=backend.environ(network), http_workers=args.http_workers,
+        )  # fmt: skip
         network.enter()
         report = asyncio.run(run(args, network, settings))
-    finally:
-        network.close()
-        subprocess.run(["umount", "-l", str(shared)], check=False)
-        shared.rmdir()
     text = report.as_text()
     (out / "report.txt").write_text(text + "\n")
     (out / "report.json").write_text(json.dumps(report.as_json(), indent=1) + "\n")

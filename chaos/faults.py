@@ -6,13 +6,14 @@ deployment is whole before the next. All that is left to chance comes from the f
 
 import asyncio
 import contextlib
+import os
 import signal
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from random import Random
 
 from chaos import clock
-from chaos.fleet import Fleet, Kind, Member
+from chaos.fleet import READY_S, Fleet, Kind, Member
 from chaos.load import Client, Load, Slow, open_session
 from chaos.network import CUT
 from chaos.questions import Question, Questioner
@@ -22,6 +23,7 @@ SLOW_READERS = 4
 SLOW_TOKENS = 1500  # some 350 KB of events: more than sockets hold, so that the frontend has to wait
 SLOW_BYTES_PER_S = 60_000.0
 JUMP_S = 3600.0
+REPLACE_S = 2 * READY_S  # for all processes of a frontend, one after the other
 BIT_BY_BIT = 512  # bytes, so that really nothing more fits
 
 
@@ -91,6 +93,32 @@ def hung(kind: Kind, seconds: float) -> Fault:
     return fault
 
 
+def part_of(kind: Kind, number: signal.Signals, seconds: float = 0.0) -> Fault:
+    """A signal to one of the processes that a member consists of. A stopped one goes on later."""
+
+    async def fault(scene: Scene) -> None:
+        member = scene.one(kind)
+        pid = scene.random.choice(member.parts())
+        os.kill(pid, number)
+        if number == signal.SIGSTOP:
+            try:
+                await asyncio.sleep(seconds)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+    return fault
+
+
+async def parts_replaced(scene: Scene) -> None:
+    """All processes of a frontend are replaced under load, which none of its clients may notice."""
+    member = scene.one("frontend")
+    old = member.parts()
+    member.signal(signal.SIGUSR2)
+    async with asyncio.timeout(REPLACE_S):
+        while set(old) & set(member.parts()):
+            await asyncio.sleep(0.05)
+
+
 def left(kind: Kind) -> Fault:
     """SIGTERM, and a new process once it has ended."""
 
@@ -127,6 +155,23 @@ def cut(kind: Kind, seconds: float, *, into: bool = True, out: bool = True) -> F
             network.shape(network.others(host), [host], CUT)
         if out:
             network.shape([host], network.others(host), CUT)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            network.heal()
+
+    return fault
+
+
+def apart(one: Kind, other: Kind, seconds: float) -> Fault:
+    """No packet gets from a kind to another, or back; both are heard by everybody else."""
+
+    async def fault(scene: Scene) -> None:
+        network = scene.fleet.network
+        scene.target = f"{one}, {other}"
+        ones, others = ([each.name for each in scene.fleet.members if each.kind == kind] for kind in (one, other))
+        network.shape(ones, others, CUT)
+        network.shape(others, ones, CUT)
         try:
             await asyncio.sleep(seconds)
         finally:
@@ -232,6 +277,11 @@ FAULTS: dict[str, Fault] = {
     "worker cut off for 3 s": cut("worker", 3.0),
     "worker flapping": flapping("worker", 6.0),
     "frontend cut off for 10 s": cut("frontend", 10.0),
+    "frontend hears nothing for 10 s": cut("frontend", 10.0, out=False),
+    "frontend is not heard for 10 s": cut("frontend", 10.0, into=False),
+    "frontend paused for 2 s": hung("frontend", 2.0),
+    "frontend flapping": flapping("frontend", 6.0),
+    "all frontends cut off from all workers for 3 s": apart("frontend", "worker", 3.0),
     "latency of 50 to 100 ms": shaped(Shape(delay_s=0.05, jitter_s=0.05), 4.0),
     "2 % of packets lost": shaped(Shape(loss=0.02), 4.0),
     "packets reordered": shaped(Shape(delay_s=0.01, jitter_s=0.01, reorder=0.3), 4.0),
@@ -250,6 +300,8 @@ def servers_of(kind: Kind) -> dict[str, Fault]:
         f"{kind} left": left(kind),
         f"{kind} cut off for 10 s": cut(kind, 10.0),
         f"{kind} is not heard for 10 s": cut(kind, 10.0, into=False),
+        f"{kind} flapping": flapping(kind, 6.0),
+        f"all workers cut off from {kind} for 12 s": apart("worker", kind, 12.0),
     }
 
 
@@ -257,6 +309,13 @@ SERVER_FAULTS: dict[Kind, dict[str, Fault]] = {
     "etcd": {**servers_of("etcd"), "all of etcd gone for 10 s": all_killed("etcd", 10.0)},
     "nats": servers_of("nats"),
 }
+
+SHARED_PORT: dict[str, Fault] = {
+    "one process of a frontend killed": part_of("frontend", signal.SIGKILL),
+    "one process of a frontend hung for 10 s": part_of("frontend", signal.SIGSTOP, 10.0),
+    "processes of a frontend replaced": parts_replaced,
+}
+"""Where each frontend is several processes."""
 
 ROLLING: dict[str, Fault] = {
     "rolling restart of all workers": rolling("worker"),

@@ -57,6 +57,10 @@ class Member:
         if self.runs:
             os.kill(self.pid, number)
 
+    def parts(self) -> list[int]:
+        """The processes that it has started."""
+        return [int(each) for each in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+
     async def ended(self, timeout_s: float = LEAVE_S) -> int:
         """Its exit status. Raises TimeoutError."""
         assert self.popen is not None
@@ -97,6 +101,8 @@ class Settings:
     environ: dict[str, str]
     """By which all find each other."""
     speedup: float = 5.0
+    http_workers: int = 1
+    """Processes of each frontend."""
 
 
 class Fleet:
@@ -138,6 +144,8 @@ class Fleet:
     def _frontend(self, name: str) -> Member:
         words = ["--http-host", "0.0.0.0", "--http-port", str(HTTP_PORT), "--migration-limit", "10"]
         words += ["--router-mode", self.settings.router_mode]
+        if self.settings.http_workers > 1:
+            words += ["--http-workers", str(self.settings.http_workers)]
         if self.settings.router_mode == "kv":
             words += ["--router-replica-sync"]
         env = {"DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS": "20"}  # longer than any answer of ours

@@ -50,6 +50,8 @@ class Answer:
     worst_pause_s: float = 0.0
     text: str = ""
     began: bool = False
+    again: Outcome | None = None
+    """What became of it when the client asked anew, once it had been cut."""
 
 
 class Wrong(Exception):  # noqa: N818 - it is an outcome
@@ -222,7 +224,13 @@ class Load:
         for at in itertools.count(number, self.clients):
             if self._stopping:
                 return
-            self.add(await client.ask(self._session, self.questions[at % len(self.questions)]))
+            question = self.questions[at % len(self.questions)]
+            answer = await client.ask(self._session, question)
+            self.add(answer)
+            if answer.outcome == "cut":  # as its user would: this is a request of its own
+                anew = await client.ask(self._session, question)
+                answer.again = anew.outcome
+                self.add(anew)
 
     def add(self, answer: Answer) -> None:
         """One more request has ended."""

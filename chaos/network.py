@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -93,11 +94,15 @@ class Network:
 
 
 def remove_leftovers() -> None:
-    """Delete the namespaces of runs that were killed."""
+    """End what still runs on the hosts of runs that were killed, and delete those."""
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     for name in _names(listed):
         found = re.fullmatch(rf"{PREFIX}-(\d+)-\w+", name)
         if found and not os.path.exists(f"/proc/{found[1]}"):
+            there = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
+            for pid in there.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 

@@ -75,6 +75,10 @@ class Report:
         could = [answer for answer in self.answers if not self._own_frontend_lost(answer)]
         return sum(answer.outcome == "right" for answer in could) / len(could) if could else 0.0
 
+    @property
+    def _made_good(self) -> int:
+        return sum(answer.again == "right" for answer in self.answers)
+
     def broken(self) -> list[str]:
         """What was promised and not held."""
         counts = self.counts
@@ -99,6 +103,7 @@ class Report:
             "share_right": self.share_right,
             "share_right_of_all": self.counts["right"] / max(1, len(self.answers)),
             "worst_pause_s": self.worst_pause_s,
+            "cut_and_right_when_asked_anew": self._made_good,
             "tried_again": sum(answer.tries > 1 for answer in self.answers),
             "faults": [asdict(window) for window in self.windows],
             "longest_pauses": [self._told(a) for a in self._most(lambda answer: answer.worst_pause_s)],
@@ -133,6 +138,7 @@ class Report:
             "",
             f"right: {100 * self.share_right:.3f} % of those whose own frontend stayed, "
             f"{100 * counts['right'] / max(1, sent):.3f} % of all (goal {100 * GOAL:g} %)",
+            f"cut, and right when asked anew: {self._made_good} of {counts['cut']}",
             f"worst pause: {self.worst_pause_s:.1f} s",
         ]
         wrongs = [a for a in self.answers if a.outcome != "right"]
