@@ -126,11 +126,11 @@ class Report:
             f"{len(self.windows)} faults in {self.seconds:.0f} s, discovery by {self.backend}, seed {self.seed}",
             "",
         ]
-        lines += [f"{'fault':34}{'hit':>16}{'from':>7}{'mended':>8}{'whole':>7}{'pause':>7}  not right"]
+        lines += [f"{'fault':47}{'hit':>19}{'from':>7}{'mended':>8}{'whole':>7}{'pause':>7}  not right"]
         for w in self.windows:
             bad = ", ".join(f"{n} {outcome}" for outcome, n in w.outcomes.items() if outcome != "right") or "-"
             lines.append(
-                f"{w.fault:34}{w.target:>16}{w.began:7.1f}{w.mended:8.1f}{w.whole:7.1f}{w.worst_pause_s:7.1f}  {bad}"
+                f"{w.fault:47}{w.target:>19}{w.began:7.1f}{w.mended:8.1f}{w.whole:7.1f}{w.worst_pause_s:7.1f}  {bad}"
             )
         lines += ["", f"{sent:6} requests sent, {sum(a.tries > 1 for a in self.answers)} of them more than once"]
         lines += [f"{counts[outcome]:6} {outcome:8}{what}" for outcome, what in OUTCOMES.items()]
