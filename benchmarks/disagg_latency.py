@@ -94,10 +94,9 @@ def report(asked: list[Asked], ended: "Transfers", pair: Fleet, a: argparse.Name
     recomputed = pair.workers[1].series("dynamo_component_kv_transfer_recomputes_total")
     print(f"transfer: {size:.2f} MB in {transfer_ms:.2f} ms; recomputed: {recomputed:.0f}")
     print(
-        f"from the first token to the second: {takeover_ms:.1f} ms at the decode worker, of which the transfer; ",
-        end="",
+        f"from the first token to the second: {takeover_ms:.1f} ms at the decode worker, transfer and step included; "
+        f"frontend and sockets {statistics.median(elsewhere):.1f}"
     )
-    print(f"frontend and sockets {statistics.median(elsewhere):.1f}")
     missed = statistics.median(beyond) > GOAL_MS
     print(f"added until the second token, beyond the transfer: {interval(beyond).strip()} ms", end=" ")
     print(f"(goal: at most {GOAL_MS:g}, {'missed' if missed else 'reached'})")
