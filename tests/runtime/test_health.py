@@ -15,6 +15,7 @@ from dynamo.runtime.health import (
     Canary,
     CanaryOptions,
     Health,
+    Say,
     canary_options,
     load_health_check_from_env,
 )
@@ -150,11 +151,20 @@ class Engine:
         self.answers += 1
 
 
+def saying(health: Health) -> Say:
+    """What a canary says, told to `health`."""
+
+    async def say(is_well: bool) -> None:
+        health.set_endpoint("generate", is_well)
+
+    return say
+
+
 @pytest.fixture
 async def watched() -> AsyncIterator[tuple[Health, Engine, Metrics]]:
     health, engine, metrics = Health(), Engine(), Metrics(1)
     health.set_endpoint("generate", True)
-    canary = Canary(health, "generate", engine.probe, {"n": 1}, FAST, lambda: engine.answers, metrics=metrics)
+    canary = Canary(saying(health), "generate", engine.probe, {"n": 1}, FAST, lambda: engine.answers, metrics=metrics)
     canary.start()
     yield health, engine, metrics
     await canary.stop()
@@ -183,7 +193,7 @@ async def test_a_busy_endpoint_is_not_asked() -> None:
             enough.set()
         return looks
 
-    canary = Canary(health, "generate", engine.probe, {}, FAST, always_another_answer)
+    canary = Canary(saying(health), "generate", engine.probe, {}, FAST, always_another_answer)
     canary.start()
     await asyncio.wait_for(enough.wait(), 10)
     await canary.stop()

@@ -6,7 +6,8 @@
     end:    leave discovery → callers look elsewhere → finish what is in flight → stop the engine
 
 An engine that dies takes its worker along: what is in flight fails at once with EngineShutdown, and the exit
-status is 1, so that whatever supervises the process starts a new one.
+status is 1, so that whatever supervises the process starts a new one. One that hangs fails what is in flight too,
+and is left out of routing until it answers again.
 """
 
 import asyncio
@@ -28,6 +29,7 @@ from dynamo.engine.gauges import EngineGauges
 from dynamo.engine.handoff import NO_HANDOFF
 from dynamo.engine.reports import Reports
 from dynamo.engine.seat import InstanceEndpoint, Seat
+from dynamo.engine.stalls import DEFAULT_STALL_S, StallWatch
 from dynamo.engine.takeover import Claims
 from dynamo.engine.worker_args import ROLES, Role, WorkerOptions
 from dynamo.llm.kv_events import KvEventData, LoadMetrics, StorageTier
@@ -76,6 +78,7 @@ class EngineWorker:
         self._topology: Topology | None = None
         self._gauges: EngineGauges
         self._death: str | None = None
+        self._stalls = StallWatch(env_number("DYN_ENGINE_STALL_TIMEOUT", DEFAULT_STALL_S))
         self._tasks: list[asyncio.Task[None]] = []
         self._changing = asyncio.Lock()
         self._seat = Seat(runtime, options.worker.disaggregation_mode, options.worker, instance_id)
@@ -180,9 +183,12 @@ class EngineWorker:
         await seat.open(
             self.dispatcher.handler(seat.way),
             [("model", self.model_name)],
-            self.options.worker.health_check_payload or health_check_request(self.model_name),
+            self._health_check_payload(),
         )
         await self._register(seat)
+
+    def _health_check_payload(self) -> dict[str, Any]:
+        return self.options.worker.health_check_payload or health_check_request(self.model_name)
 
     async def _register(self, seat: Seat) -> None:
         config, worker = self.config, self.options.worker
@@ -268,6 +274,7 @@ class EngineWorker:
 
     def on_outputs(self, outputs: list[tuple[str, EngineOutput]]) -> None:
         """See `EngineCallbacks`."""
+        self._stalls.sign()
         self.dispatcher.on_outputs(outputs)
 
     def on_error(self, request_id: str, error: Exception) -> None:
@@ -276,11 +283,13 @@ class EngineWorker:
 
     def on_kv_events(self, events: list[KvEventData], dp_rank: int = 0, tier: StorageTier = "device") -> None:
         """See `EngineCallbacks`. Events from before the worker is offered are of blocks that nobody routes to yet."""
+        self._stalls.sign()
         if self._reports is not None:
             self._reports.kv_events(events, dp_rank, tier)
 
     def on_load(self, load: LoadMetrics) -> None:
         """See `EngineCallbacks`."""
+        self._stalls.sign()
         if self._reports is not None:
             self._reports.load(load)
 
@@ -298,7 +307,7 @@ class EngineWorker:
         return self._reports is not None and self.dispatcher.callers_are_behind()
 
     async def _watch_health(self) -> None:
-        """An engine may die without a word."""
+        """An engine may die, or hang, without a word."""
         interval = env_number("DYN_ENGINE_HEALTH_CHECK_INTERVAL", HEALTH_INTERVAL_S)
         timeout = env_number("DYN_ENGINE_HEALTH_CHECK_TIMEOUT", HEALTH_TIMEOUT_S)
         while self._death is None:
@@ -310,6 +319,19 @@ class EngineWorker:
                 self.on_death(f"it did not answer its health check within {timeout:g} s")
             except DynamoException as e:
                 self.on_death(e.message)
+            await self._look_for_a_stall()
+
+    async def _look_for_a_stall(self) -> None:
+        """A decode worker is not judged so: its requests may wait in the engine for KV of others."""
+        inside = self.dispatcher.num_requests - self.dispatcher.num_queued
+        has_work = inside > 0 and not isinstance(self._seat.handoff, Claims)
+        served = self._seat.served
+        if self._stalls.is_stalled(time.monotonic(), has_work) and served is not None:
+            reason = f"the engine has {inside} requests and has done nothing for {self._stalls.limit_s:g} s"
+            try:
+                await served.suspect(reason, self._health_check_payload())
+            except DynamoException as e:
+                log.warning("leaving discovery: %s", e)
 
     # --- end
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from dynamo.runtime.address import EndpointAddress, check_name
 from dynamo.runtime.client import Client
-from dynamo.runtime.errors import EngineShutdown, InvalidArgument
+from dynamo.runtime.errors import DiscoveryError, EngineShutdown, InvalidArgument
 from dynamo.runtime.handlers import UserHandler, bidirectional_handler, push_handler
-from dynamo.runtime.health import Canary, canary_for, canary_options
-from dynamo.runtime.instances import instance_record
+from dynamo.runtime.health import Canary, canary_for, canary_options, request_probe, until_answered
+from dynamo.runtime.instances import InstanceSet, instance_record, parse_instance
 from dynamo.runtime.metrics import EndpointMetrics, ScopedMetrics
 from dynamo.runtime.routes import Route
 from dynamo.runtime.selection import RouterMode
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from dynamo.runtime.distributed import DistributedRuntime
 
 log = logging.getLogger(__name__)
+
+DOUBT_EVERY_S = 2.0  # so often an endpoint that hung is asked whether it answers again
+DOUBT_TIMEOUT_S = 10.0  # and so long it may take: it may have much to catch up with
 
 MetricsLabels = Sequence[tuple[str, str]]
 
@@ -225,8 +228,13 @@ class ServedEndpoint:
         self.instance_id = instance_id
         self.route = route
         self.graceful = graceful
+        self._wanted = False
         self._registered = False
+        self._ills: set[str] = set()
+        """What keeps it from being found although it is wanted."""
+        self._settling = asyncio.Lock()
         self._canary: Canary | None = None
+        self._doubting: asyncio.Task[None] | None = None
         self._done = asyncio.Event()
 
     @property
@@ -235,24 +243,80 @@ class ServedEndpoint:
         return self.endpoint.address.instance_key(self.instance_id)
 
     async def register(self) -> None:
-        """Let callers find it. Raises DiscoveryError."""
-        if not self._registered:
-            runtime = self.endpoint.runtime
-            record = instance_record(self.endpoint.address, self.instance_id, (await runtime.serving()).host_port)
-            runtime.server.stay(self.route.path)
-            await runtime.discovery.put(self.key, record, create=True)
-            self._registered = True
-            if self._canary is not None:
-                self._canary.start()
+        """Let callers find it, if it is well. Raises DiscoveryError."""
+        self._wanted = True
+        await self._settle()
+        if self._canary is not None:
+            self._canary.start()
 
     async def unregister(self) -> None:
         """Let no new caller find it, and ask connected ones to look elsewhere. Raises DiscoveryError."""
-        if self._registered:
-            self._registered = False
-            if self._canary is not None:
-                await self._canary.stop()  # it would not find the way any more, and think ill of the endpoint
-            self.endpoint.runtime.server.leave(self.route.path)
-            await self.endpoint.runtime.discovery.delete(self.key)
+        self._wanted = False
+        if self._canary is not None:
+            await self._canary.stop()
+        await self._settle()
+
+    async def well(self, name: str, is_well: bool) -> None:
+        """One of those who watch over it says how it is: it is left out of routing while any of them calls it ill.
+
+        What is in flight goes on. Raises DiscoveryError; say it again then.
+        """
+        if is_well:
+            self._ills.discard(name)
+        else:
+            self._ills.add(name)
+        self.endpoint.runtime.health.set_endpoint(self.endpoint.name, not self._ills, self.instance_id)
+        await self._settle()
+
+    async def suspect(self, reason: str, payload: dict[str, Any]) -> None:
+        """It takes requests and does not answer: end those in flight, so that their callers send them elsewhere, and
+        leave it out of routing until it answers `payload`. Raises DiscoveryError."""
+        if self._doubting is not None and not self._doubting.done():
+            return
+        log.error("%s is left out of routing until it answers again: %s", self.endpoint.path, reason)
+        self._doubting = asyncio.get_running_loop().create_task(self._doubt(payload), name=f"doubt {self.route.path}")
+        self.endpoint.runtime.server.leave(self.route.path)  # first, so that nothing is sent back here
+        self.route.abort(f"{self.endpoint.path}: {reason}")
+        await self.well("stall", False)
+
+    async def _doubt(self, payload: dict[str, Any]) -> None:
+        probe = request_probe(await self._own_client(), self.instance_id)
+        while True:
+            await until_answered(probe, payload, DOUBT_EVERY_S, DOUBT_TIMEOUT_S)
+            try:
+                await self.well("stall", True)
+            except DiscoveryError as e:
+                log.warning("%s answers again, but: %s", self.endpoint.path, e)
+            else:
+                log.warning("%s answers again", self.endpoint.path)
+                return
+
+    async def _settle(self) -> None:
+        """Be in discovery if it is wanted and well, and else not."""
+        runtime = self.endpoint.runtime
+        async with self._settling:
+            findable = self._wanted and not self._ills
+            if findable and not self._registered:
+                runtime.server.stay(self.route.path)
+                self._registered = True  # if this is cancelled half-way, it may be there
+                try:
+                    await runtime.discovery.put(self.key, await self._record(), create=True)
+                except DiscoveryError:
+                    self._registered = False
+                    raise
+            elif not findable and self._registered:
+                runtime.server.leave(self.route.path)
+                try:
+                    await runtime.discovery.delete(self.key)
+                except DiscoveryError:
+                    self._registered = False  # the store makes it good
+                    raise
+                self._registered = False
+
+    async def _record(self) -> bytes:
+        return instance_record(
+            self.endpoint.address, self.instance_id, (await self.endpoint.runtime.serving()).host_port
+        )
 
     async def watch_health(self, counters: EndpointMetrics, payload: dict[str, Any] | None) -> None:
         """Say that the endpoint is ready, and have a canary ask it when it is idle, if canaries are on."""
@@ -260,10 +324,22 @@ class ServedEndpoint:
         runtime.health.set_endpoint(name, True, self.instance_id)
         if not canary_options().enabled:
             return
-        client = await self.endpoint.client()
-        self._canary = canary_for(runtime.health, runtime.metrics, counters, name, client, self.instance_id, payload)
+        client = await self._own_client()
+        self._canary = canary_for(self._canary_says, runtime.metrics, counters, name, client, self.instance_id, payload)
         if self._canary is not None:
             self._canary.start()
+
+    async def _own_client(self) -> Client:
+        """A client that finds this instance also while it is in no discovery."""
+        runtime = self.endpoint.runtime
+        target = parse_instance(self.key, await self._record(), _ignore)
+        alone = InstanceSet(self.endpoint.address, runtime.discovery, runtime.pool)
+        alone.targets[self.instance_id] = target
+        runtime.pool.use(target.host_port, True)  # until the process ends: it is itself
+        return Client(alone, runtime.pool, RouterMode.Direct)
+
+    async def _canary_says(self, is_well: bool) -> None:
+        await self.well("canary", is_well)
 
     async def stop(self, drain_s: float = 0.0) -> None:
         """Stop serving this one: leave discovery, finish what is in flight within `drain_s`, kill the rest."""
@@ -276,6 +352,8 @@ class ServedEndpoint:
         """Kill what is still in flight and forget the route."""
         if self._canary is not None:
             await self._canary.stop()
+        if self._doubting is not None:
+            self._doubting.cancel()
         self.route.admitting = False
         self.route.abort(f"{self.endpoint.path}: {reason}")
         runtime = self.endpoint.runtime
@@ -291,3 +369,6 @@ class ServedEndpoint:
     async def finished(self) -> None:
         """Wait until it is no longer served."""
         await self._done.wait()  # no deadline: serving lasts until somebody ends it
+
+
+def _ignore(_: int) -> None: ...

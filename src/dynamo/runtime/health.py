@@ -2,7 +2,8 @@
 
 `Health` keeps one word for each served endpoint and one for the whole. A `Canary` earns an endpoint its word: when
 the endpoint has answered nobody for a while, it sends it a small request the way a caller would, and an answer
-that does not come makes the endpoint `notready` until one does, to the canary or to anybody else.
+that does not come makes the endpoint `notready`, and leaves it out of routing, until one does, to the canary or to
+anybody else whose request is still there.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ import msgspec
 
 from dynamo import prometheus_names as names
 from dynamo.runtime.context import Context
+from dynamo.runtime.errors import DiscoveryError, DynamoException, EngineShutdown, WorkerOverloaded
 from dynamo.runtime.metrics import EndpointMetrics, Metrics
 from dynamo.runtime.options import env_bool, env_number
 
@@ -158,24 +160,26 @@ Probe = Callable[[dict[str, Any]], Awaitable[None]]
 """Sends a payload to the endpoint and waits for the end of its answer. Raises if there is none."""
 
 
+Say = Callable[[bool], Awaitable[None]]
+"""Takes whether the endpoint is well. Raises DiscoveryError if that could not be acted upon; it is said again."""
+
+
 class Canary:
     """Watches one instance of an endpoint. `answers()` must change with every answer the endpoint gives."""
 
     def __init__(
         self,
-        health: Health,
+        say: Say,
         name: str,
         probe: Probe,
         payload: Mapping[str, Any],
         options: CanaryOptions,
         answers: Callable[[], float],
         *,
-        instance_id: int = 0,
         metrics: Metrics | None = None,
     ) -> None:
-        self._health = health
+        self._say_to = say
         self._name = name
-        self._instance_id = instance_id
         self._probe = probe
         self._payload = {**payload, HEALTH_CHECK_KEY: True}
         self._options = options
@@ -189,14 +193,16 @@ class Canary:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to watch, on the running loop."""
-        self._task = asyncio.get_running_loop().create_task(self._run(), name=f"canary {self._name}")
+        """Begin to watch, on the running loop; once, however often it is said."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run(), name=f"canary {self._name}")
 
     async def stop(self) -> None:
         """Stop watching; what was last said of the endpoint stays."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -205,31 +211,39 @@ class Canary:
             await asyncio.sleep(self._options.wait_s / 4)  # so the endpoint is asked within 1.25 times the wait
             if self._answers() != seen:
                 seen, quiet_since = self._answers(), loop.time()
-                self._say(True, "it answered a request")
-            elif loop.time() - quiet_since >= self._options.wait_s:
+                await self._say(True, "it answered a request")
+            elif loop.time() - quiet_since >= self._options.wait_s or self._failing:
                 await self._ask()
                 seen, quiet_since = self._answers(), loop.time()
 
     async def _ask(self) -> None:
+        failed = True
         try:
             async with asyncio.timeout(self._options.timeout_s):
                 await self._probe(self._payload)
         except TimeoutError:
-            self._say(False, f"no answer within {self._options.timeout_s:g} s")
-        except Exception as e:  # noqa: BLE001 - any failure of the request is the finding
-            self._say(False, f"{type(e).__name__}: {e}")
+            await self._say(False, f"no answer within {self._options.timeout_s:g} s")
+        except (WorkerOverloaded, EngineShutdown) as e:
+            # It has too much to do, or ends: it says so, and is no worse for it.
+            logger.debug("endpoint %s refused the canary: %s", self._name, e)
+        except Exception as e:  # noqa: BLE001 - any other failure of the request is the finding
+            await self._say(False, f"{type(e).__name__}: {e}")
         else:
-            self._say(True, "it answered the canary")
+            failed = False
+            await self._say(True, "it answered the canary")
         if self._count:
-            self._count.labels(self._name, "failure" if self._failing else "success").inc()
+            self._count.labels(self._name, "failure" if failed else "success").inc()
 
-    def _say(self, ready: bool, why: str) -> None:
-        if ready == self._failing:
+    async def _say(self, is_well: bool, why: str) -> None:
+        if is_well == self._failing:
             logger.log(
-                logging.INFO if ready else logging.WARNING, "endpoint %s is %s: %s", self._name, _word(ready), why
+                logging.INFO if is_well else logging.WARNING, "endpoint %s is %s: %s", self._name, _word(is_well), why
             )
-            self._health.set_endpoint(self._name, ready, self._instance_id)
-        self._failing = not ready
+        self._failing = not is_well
+        try:
+            await self._say_to(is_well)
+        except DiscoveryError as e:
+            logger.warning("endpoint %s: %s; it is said again", self._name, e)
 
 
 class _Client(Protocol):
@@ -252,8 +266,21 @@ def request_probe(client: _Client, instance_id: int) -> Probe:
     return probe
 
 
+async def until_answered(probe: Probe, payload: Mapping[str, Any], every_s: float, timeout_s: float) -> None:
+    """Ask until there is an answer, whatever kind of error there is before."""
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await probe({**payload, HEALTH_CHECK_KEY: True})
+        except (TimeoutError, DynamoException) as e:
+            logger.debug("still no answer: %s", e or "none in time")
+        else:
+            return
+
+
 def canary_for(
-    health: Health,
+    say: Say,
     metrics: Metrics,
     counters: EndpointMetrics,
     name: str,
@@ -273,12 +300,11 @@ def canary_for(
         logger.warning("DYN_HEALTH_CHECK_ENABLED: endpoint %s has no payload, so it is not checked", name)
         return None
     return Canary(
-        health,
+        say,
         name,
         request_probe(client, instance_id),
         payload,
         options,
         lambda: counters.response_bytes.value,
-        instance_id=instance_id,
         metrics=metrics,
     )
