@@ -3,7 +3,7 @@
 `ScriptedApiServer` is not a real one: none can be installed here. It is real HTTP, and does what the API's reference
 says of the requests that discovery makes: lists in pages, watches from a version on, bookmarks, 410 for what was
 forgotten, server-side apply, the `Status` of every refusal. `RealApiServer` is the real thing, for whoever has a
-`kube-apiserver` on the PATH or in DYN_TEST_KUBE_APISERVER: the same tests then run against both.
+`kube-apiserver` on the PATH or in TEST_KUBE_APISERVER: the same tests then run against both.
 """
 
 import asyncio
@@ -295,13 +295,13 @@ async def scripted() -> AsyncIterator[ScriptedApiServer]:
 
 def real_binary() -> str | None:
     """Where a real API server is, if there is one."""
-    return os.environ.get("DYN_TEST_KUBE_APISERVER") or shutil.which("kube-apiserver")
+    return os.environ.get("TEST_KUBE_APISERVER") or shutil.which("kube-apiserver")
 
 
 class RealApiServer(ServerProcess):
     """The real server on a real etcd, with roles in force: our own account may do what `2-rbac.yaml` grants."""
 
-    slices_version = os.environ.get("DYN_TEST_KUBE_SLICES", "v1")
+    slices_version = os.environ.get("TEST_KUBE_SLICES", "v1")
 
     def __init__(self, directory: Path, etcd: EtcdServer) -> None:
         super().__init__(directory)
@@ -325,7 +325,7 @@ class RealApiServer(ServerProcess):
             binary, f"--etcd-servers={self._etcd.url}", f"--secure-port={self.port}", "--bind-address=127.0.0.1",
             f"--tls-cert-file={at}/server.pem", f"--tls-private-key-file={at}/server.key", f"--cert-dir={at}",
             f"--token-auth-file={at}/tokens", "--authorization-mode=RBAC", "--service-cluster-ip-range=10.0.0.0/24",
-            "--service-account-issuer=https://test", f"--service-account-key-file={at}/server.key",
+            "--service-account-issuer=https://test", f"--service-account-key-file={at}/server.pem",
             f"--service-account-signing-key-file={at}/server.key", f"--etcd-prefix=/{self.directory.name}",
             "--disable-admission-plugins=ServiceAccount", "--watch-cache=true",
         ])  # fmt: skip
@@ -361,7 +361,10 @@ class RealApiServer(ServerProcess):
             subject.setdefault("namespace", NAMESPACE)
         root = f"/apis/{group}" if group else "/api"
         name = one["metadata"]["name"]
-        self.request("PATCH", f"{root}/{version}{where}/{plural}/{name}?fieldManager=tests&force=true", one)
+        try:
+            self.request("PATCH", f"{root}/{version}{where}/{plural}/{name}?fieldManager=tests&force=true", one)
+        except urllib.error.HTTPError as e:
+            raise AssertionError(f"{one['kind']}: {e.read().decode()}") from e
 
     def install(self) -> None:
         """What `python -m dynamo.runtime.discovery.kubernetes | kubectl apply -f -` installs."""

@@ -45,7 +45,7 @@ async def server() -> AsyncIterator[ScriptedApiServer]:
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory, etcd: EtcdServer) -> Iterator[RealApiServer]:
     if real_binary() is None:
-        pytest.skip("no real kube-apiserver on the PATH or in DYN_TEST_KUBE_APISERVER")
+        pytest.skip("no real kube-apiserver on the PATH or in TEST_KUBE_APISERVER")
     running = RealApiServer(tmp_path_factory.mktemp("kubernetes"), etcd)
     try:
         running.start()
