@@ -30,6 +30,11 @@ def test_one_frontend_and_one_process_for_each_vllm_worker() -> None:
     assert "-m dynamo.vllm --model /m --served-model-name m" in words(specs[1])
 
 
+def test_a_frontend_may_be_several_processes() -> None:
+    assert "--http-workers" not in words(plan.processes(request(), {}, Path("/d"))[0])
+    assert "--http-workers 3" in words(plan.processes(request(http_workers=3), {}, Path("/d"))[0])
+
+
 def test_mock_workers_share_one_process() -> None:
     specs = plan.processes(request(engine="mocker", workers=8), {}, Path("/d"))
     assert len(specs) == 2

@@ -325,6 +325,39 @@ async def test_a_draining_frontend_refuses_new_and_finishes_old(served: Served) 
     assert (await wire.read()).text() == "finished"
 
 
+async def test_a_frontend_that_hands_over_answers_who_is_connected_and_sends_them_away(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dynamo.frontend.service.POLITE_S", 0.3)
+    service, worker = served
+    port = service.port
+    used, unused, streaming = [await Wire.open(port) for _ in range(3)]
+    for wire in (used, unused):
+        wire.get("/live")
+        assert "connection" not in (await wire.read()).headers
+    streaming.post(CHAT, chat(stream=True))
+    taken = await worker.take()
+    handing_over = asyncio.create_task(service.hand_over())
+    await asyncio.sleep(0)  # it has begun
+    with pytest.raises(ConnectionRefusedError):
+        await Wire.open(port)
+    used.post(CHAT, chat())
+    (await worker.take()).answer("the last here")
+    last = await used.read()
+    assert last.json()["choices"][0]["message"]["content"] == "the last here"
+    assert last.headers["connection"] == "close"
+    assert await used.closed()
+    assert await unused.closed()
+    assert not handing_over.done()
+    taken.answer("begun before")
+    assert (await streaming.read()).text() == "begun before"
+    streaming.get("/health")  # its connection was promised to go on: it has as long as the others to be used again
+    answer = await streaming.read()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    async with asyncio.timeout(5):
+        await handing_over
+
+
 async def test_what_outlives_the_grace_ends_with_an_error(served: Served) -> None:
     service, worker = served
     wire = await Wire.open(service.port)
