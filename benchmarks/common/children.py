@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import subprocess
@@ -22,7 +23,7 @@ class Child:
     def __init__(self, script: str, role: str, environ: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, script, "--role", role], env=os.environ | environ, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, stderr=None if "-v" in sys.argv else subprocess.DEVNULL, text=True, bufsize=1,
+            stdout=subprocess.PIPE, text=True, bufsize=1,
         )  # fmt: skip
         self.pid = self._process.pid
 
@@ -46,6 +47,7 @@ class Child:
 async def obey(commands: dict[str, Command]) -> None:
     """Be a child: carry out what comes, until nothing comes any more."""
     raise_file_limit()
+    logging.getLogger("dynamo").setLevel(logging.CRITICAL)  # on few cores it has much to say of servers that are slow
     while line := await asyncio.to_thread(sys.stdin.readline):
         command, words = json.loads(line)
         print(json.dumps(await commands[command](**words)), flush=True)
