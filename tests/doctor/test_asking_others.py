@@ -90,10 +90,13 @@ def test_the_kubernetes_api_is_asked_with_the_pods_authority(
     with answering({"/version": (status, b'{"gitVersion": "v1.33.1"}')}, tls) as url:
         monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
         monkeypatch.setenv("KUBERNETES_SERVICE_PORT", url.rpartition(":")[2])
-        monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "file")
-        found = services.kubernetes(LIMIT_S, tmp_path / "ca.pem")
-        stranger = services.kubernetes(LIMIT_S, tmp_path / "other.pem")
-    assert (found.discovery, found.answer and found.answer.version) == ("file", version)
+        assert "token" in services.kubernetes(LIMIT_S, tmp_path).trouble
+        (tmp_path / "token").write_text("abc")
+        shutil.copy(tmp_path / "ca.pem", tmp_path / "ca.crt")
+        found = services.kubernetes(LIMIT_S, tmp_path)
+        shutil.copy(tmp_path / "other.pem", tmp_path / "ca.crt")
+        stranger = services.kubernetes(LIMIT_S, tmp_path)
+    assert (found.discovery, found.answer and found.answer.version) == ("kubernetes", version)
     assert stranger.answer is not None
     assert "CERTIFICATE_VERIFY_FAILED" in stranger.answer.trouble
 

@@ -184,10 +184,14 @@ CASES: dict[str, list[tuple[object, str, str]]] = {
         (facts.Service(trouble="NATS_SERVER: no server in it"), "wrong settings", U),
     ],
     "kubernetes": [
-        (facts.Kubernetes(None, "file"), "not in a pod", S),
+        (facts.Kubernetes(None, "file"), "not used", S),
         (facts.Kubernetes(API, "etcd"), "in a pod", E),
-        (facts.Kubernetes(Answer(API.where, trouble="timed out"), "etcd"), "silent", E),
-        (facts.Kubernetes(API, "kubernetes"), "discovery", U),
+        (facts.Kubernetes(None, "etcd", "there is no token"), "in a pod", E),
+        (facts.Kubernetes(API, "kubernetes"), "1.21", E),
+        (facts.Kubernetes(Answer(API.where, "1.20.4"), "kubernetes"), "0", U),
+        (facts.Kubernetes(Answer(API.where, "unnamed"), "kubernetes"), "unnamed", E),
+        (facts.Kubernetes(Answer(API.where, trouble="timed out"), "kubernetes"), "silent", U),
+        (facts.Kubernetes(None, "kubernetes", "there is no token"), "wrong settings", U),
     ],
     "model": [
         (facts.Model("", "not asked"), "not asked", S),

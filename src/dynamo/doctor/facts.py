@@ -150,10 +150,12 @@ class Service(msgspec.Struct, frozen=True):
 
 
 class Kubernetes(msgspec.Struct, frozen=True):
-    """`answer` is None outside of a pod; `discovery` is the backend that programs would choose here."""
+    """`answer` is None where nobody would be asked, or `trouble` is wrong with the settings; `discovery` is the backend
+    that programs would choose here."""
 
     answer: Answer | None
     discovery: str
+    trouble: str = ""
 
 
 class Model(msgspec.Struct, frozen=True):

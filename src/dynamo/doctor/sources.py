@@ -9,7 +9,7 @@ from dynamo.doctor.gather import Source
 from dynamo.doctor.matrix import Matrix, Package
 
 LOCAL_S = 2.0  # a file system that hangs
-CHILD_S = 6.0  # loading all libraries takes 0.5 s, on a machine that is busy five times as much
+CHILD_S = 60.0  # loading all libraries takes 0.5 s, on a machine that is very busy many times that; --timeout ends it
 NETWORK_S = 4.0  # as long as a caller waits for a connection, and a second more
 
 

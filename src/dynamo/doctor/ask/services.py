@@ -3,7 +3,6 @@
 import http.client
 import os
 import socket
-import ssl
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,8 +13,6 @@ import msgspec
 from dynamo.doctor.ask.web import ENOUGH_BYTES, get
 from dynamo.doctor.facts import Answer, Kubernetes, Service
 from dynamo.runtime.discovery import choose_backend
-
-POD_CA = Path("/var/run/secrets/kubernetes.io/serviceaccount/ca.crt")
 
 
 class _EtcdVersion(msgspec.Struct):
@@ -72,22 +69,26 @@ def nats(limit_s: float, environ: Mapping[str, str] = os.environ) -> Service:
     return Service(answers, notes=notes)
 
 
-def kubernetes(limit_s: float, ca: Path = POD_CA) -> Kubernetes:
-    """The API server's version, inside a pod. Raises ValueError for an unknown discovery backend."""
-    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+def kubernetes(limit_s: float, service_account: Path | None = None) -> Kubernetes:
+    """The API server's version, in a pod or where discovery goes by it. Raises ValueError for an unknown backend."""
     discovery = choose_backend()
-    if not host:
+    if discovery != "kubernetes" and not os.environ.get("KUBERNETES_SERVICE_HOST"):
         return Kubernetes(None, discovery)
-    url = f"https://{f'[{host}]' if ':' in host else host}:{port}"
+    from dynamo.runtime.discovery.kubernetes.settings import SERVICE_ACCOUNT, KubernetesSettings, tls_context
+
+    try:
+        settings = KubernetesSettings.from_environ(service_account=service_account or SERVICE_ACCOUNT)
+        context = tls_context(settings.credentials) if _is_https(settings.server) else None
+    except ValueError as e:
+        return Kubernetes(None, discovery, trouble=str(e))
 
     def ask(url: str, within_s: float) -> str:
-        context = ssl.create_default_context(cafile=str(ca) if ca.exists() else None)
         status, body = get(f"{url}/version", within_s, context=context)
         if status in (401, 403):
             return "unnamed"  # it answers, to others
         return msgspec.json.decode(body, type=_KubernetesVersion).gitVersion.removeprefix("v")
 
-    return Kubernetes(_ask_each((url,), ask, limit_s)[0], discovery)
+    return Kubernetes(_ask_each((settings.server,), ask, limit_s)[0], discovery)
 
 
 def _ask_each(

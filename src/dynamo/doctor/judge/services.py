@@ -24,15 +24,20 @@ def service(fact: Service, rule: Rule) -> Finding:
 
 
 def kubernetes(fact: Kubernetes, rule: Rule) -> Finding:
-    """Whether discovery would go by it, and whether the API server answers."""
+    """Whether discovery goes by it, and whether the API server answers."""
+    chosen = fact.discovery == "kubernetes"
+    if fact.trouble:
+        return named(rule, "wrong settings" if chosen else "in a pod", f"discovery: {fact.discovery}", fact.trouble)
     if fact.answer is None:
-        return named(rule, "not in a pod", "not in a pod")
-    value = f"{fact.answer.version or 'no answer'} at {fact.answer.where}"
-    if fact.discovery == "kubernetes":
-        return named(rule, "discovery", value, fact.answer.trouble)
+        return named(rule, "not used", "not used")
+    value = f"{fact.answer.version or 'no answer'} at {fact.answer.where}; discovery: {fact.discovery}"
+    if not chosen:
+        return named(rule, "in a pod", value)
     if fact.answer.trouble:
         return named(rule, "silent", value, fact.answer.trouble)
-    return named(rule, "in a pod", f"{value}; discovery: {fact.discovery}")
+    if not numbers(fact.answer.version):
+        return named(rule, "unnamed", value)
+    return level(rule, fact.answer.version, value)
 
 
 def model(fact: Model, rule: Rule) -> Finding:
