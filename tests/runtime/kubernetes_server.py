@@ -23,7 +23,7 @@ import yaml
 from aiohttp import web
 
 from dynamo.runtime.discovery.kubernetes.__main__ import manifests
-from dynamo.runtime.discovery.kubernetes.objects import ENABLED
+from dynamo.runtime.discovery.kubernetes.objects import ENABLED, POD_UID
 from dynamo.runtime.discovery.kubernetes.settings import Credentials, KubernetesSettings, Pod
 from tests.runtime.etcd_server import EtcdServer, make_certificates
 from tests.runtime.server_process import ServerProcess, free_ports
@@ -83,6 +83,21 @@ class Kind:
     """Changes up to this version cannot be had any more."""
 
 
+class Held:
+    """Answers that are held back."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        self._go = asyncio.Event()
+
+    async def wait(self) -> None:
+        self.held += 1
+        await self._go.wait()
+
+    def release(self) -> None:
+        self._go.set()
+
+
 class ScriptedApiServer:
     """One API server, on a port of its own. What it holds outlives its being stopped, as etcd's content does."""
 
@@ -106,6 +121,7 @@ class ScriptedApiServer:
         self._uids = 0
         self._changed = asyncio.Condition()
         self._cuts = 0
+        self._held: Held | None = None
         self._runner: web.AppRunner | None = None
 
     # --- for tests
@@ -130,6 +146,11 @@ class ScriptedApiServer:
         self._cuts += 1
         async with self._changed:
             self._changed.notify_all()
+
+    def hold_lists(self) -> "Held":
+        """From now on a list of all workers that was made is not sent before it is released."""
+        self._held = Held()
+        return self._held
 
     def forget(self) -> None:
         """Let no watch begin at what was."""
@@ -193,7 +214,10 @@ class ScriptedApiServer:
         begin = int(request.query.get("continue", "0"))
         end = begin + min(self.page, int(request.query.get("limit", "500")))
         metadata = {"resourceVersion": str(self._version)} | ({"continue": str(end)} if end < len(chosen) else {})
-        return web.json_response({"kind": "List", "metadata": metadata, "items": chosen[begin:end]})
+        body = json.dumps({"kind": "List", "metadata": metadata, "items": chosen[begin:end]})
+        if self._held is not None and selector == POD_UID:
+            await self._held.wait()
+        return web.json_response(text=body)
 
     async def _watch(self, request: web.Request, kind: Kind) -> web.StreamResponse:
         since = int(request.query["resourceVersion"])

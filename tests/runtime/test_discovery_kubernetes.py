@@ -256,6 +256,21 @@ async def test_an_outage_loses_no_instance_and_what_happened_in_it_is_made_good(
         await eventually(lambda: followed.known == {KEY: b"value"})
 
 
+async def test_a_look_that_is_behind_the_watch_brings_nobody_back(server: ScriptedApiServer) -> None:
+    async with member(server.settings()) as frontend:
+        followed = Follower(frontend.watch(PREFIX))
+        async with worker(server, "leaves"):
+            await eventually(lambda: KEY in followed.known)
+            answers = server.hold_lists()
+            looking = asyncio.create_task(frontend.get_prefix(PREFIX))
+            await eventually(lambda: answers.held == 1)
+        await eventually(lambda: followed.gone == [KEY])
+        answers.release()
+        assert KEY in await looking  # so it was when the server looked
+        await asyncio.sleep(0.1)
+        assert followed.known == {}
+
+
 async def test_while_the_server_is_away_a_look_shows_what_is_known(server: ScriptedApiServer) -> None:
     async with worker(server, "known"), member(server.settings()) as frontend:
         followed = Follower(frontend.watch(PREFIX))

@@ -11,7 +11,7 @@ from dataclasses import replace
 from dynamo.runtime.discovery.directory import split_key
 from dynamo.runtime.discovery.kubernetes.api import ApiServer
 from dynamo.runtime.discovery.kubernetes.errors import KubernetesUnavailable
-from dynamo.runtime.discovery.kubernetes.members import Members, live_keys, readiness
+from dynamo.runtime.discovery.kubernetes.members import Members
 from dynamo.runtime.discovery.kubernetes.objects import ENABLED, POD_UID, Slice, Worker, slices_path, workers_path
 from dynamo.runtime.discovery.kubernetes.owned import OPERATION_S, OwnedKeys
 from dynamo.runtime.discovery.kubernetes.reflector import Reflector, look
@@ -62,13 +62,12 @@ class KubernetesDiscovery:
     async def get_prefix(self, prefix: str) -> dict[str, bytes]:
         """See `Discovery.get_prefix`. While the server is away, what is known if it is followed."""
         split_key(prefix + "_")
-        following = "workers" in self._tasks
         synced = self._workers.synced.is_set() and self._slices.synced.is_set()
         within_s = 0.0 if synced else OPERATION_S
         try:
             if self._api.down and synced:
                 raise KubernetesUnavailable("Kubernetes does not answer")
-            (workers, _), (slices, _) = await asyncio.gather(
+            (workers, workers_at), (slices, slices_at) = await asyncio.gather(
                 look(self._api, self._workers_path, POD_UID, Worker, within_s),
                 look(self._api, self._slices_path, _ENABLED, Slice, within_s),
             )
@@ -77,10 +76,12 @@ class KubernetesDiscovery:
                 raise
             found = self._members.known
         else:
-            if following:
-                found = self._members.saw(workers, slices)
-            else:
-                found = live_keys(workers, readiness(slices), self._own_pod)
+            if "workers" in self._tasks:
+                self._members.saw(
+                    workers if self._workers.is_behind(workers_at) else None,
+                    slices if self._slices.is_behind(slices_at) else None,
+                )
+            found = self._members.live_by(workers, slices)
         return {key: value for key, value in found.items() if key.startswith(prefix)}
 
     def watch(self, prefix: str) -> Watch:

@@ -75,16 +75,21 @@ class Members:
         self._judge_pods()
         self._settle_soon()
 
-    def saw(self, workers: list[Worker], slices: list[Slice]) -> dict[str, bytes]:
-        """A look that may be ahead of what the watches have told: the keys that are live by it and by what is kept."""
-        for worker in workers:
+    def saw(self, workers: list[Worker] | None, slices: list[Slice] | None) -> None:
+        """A look that is ahead of what the watches have told; None for what is not."""
+        for worker in workers or ():
             self._put_worker(worker)
-        self._slices |= {one.metadata.name: one for one in slices}
+        for one in slices or ():
+            known = self._slices.get(one.metadata.name)
+            if known is None or newer(one.metadata.resource_version, known.metadata.resource_version):
+                self._slices[one.metadata.name] = one
         self._judge_pods()
         self.settle()
-        return live_keys(workers, readiness(slices), self._own_pod) | {
-            key: value for name in self._vanished if name in self._workers for key, value in _keys(self._workers[name])
-        }
+
+    def live_by(self, workers: list[Worker], slices: list[Slice]) -> dict[str, bytes]:
+        """The keys that are live by a look, and those that are kept although it does not show them."""
+        kept = [self._workers[name] for name in self._vanished if name in self._workers]
+        return live_keys([*kept, *workers], dict.fromkeys(self._vanished, True) | readiness(slices), self._own_pod)
 
     # --- what follows
 

@@ -13,7 +13,7 @@ import msgspec
 
 from dynamo.runtime.discovery.kubernetes.api import ApiServer, Pauses
 from dynamo.runtime.discovery.kubernetes.errors import HistoryGone, KubernetesUnavailable, Status, of_status
-from dynamo.runtime.discovery.kubernetes.objects import Listed, Slice, Versioned, WatchLine, Worker
+from dynamo.runtime.discovery.kubernetes.objects import Listed, Slice, Versioned, WatchLine, Worker, newer
 from dynamo.runtime.errors import DiscoveryError
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,10 @@ class Reflector(Generic[T]):
         """What was told is the truth as of this version; empty: list first."""
         self.synced = asyncio.Event()
         """Whether all of it was ever told."""
+
+    def is_behind(self, version: str) -> bool:
+        """Whether what was told is older than a list of this version."""
+        return newer(version, self._version)
 
     async def follow(self) -> None:
         """Follow for ever."""
