@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from dynamo.runtime import Annotated, Context, DistributedRuntime, RouterMode
+from dynamo.runtime.address import EndpointAddress
 from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
@@ -22,6 +23,7 @@ from dynamo.runtime.errors import (
     Unknown,
     WorkerUnavailable,
 )
+from dynamo.runtime.instances import instance_record
 from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
 
 
@@ -568,3 +570,15 @@ async def test_endpoints_that_start_at_once_share_one_listener(runtime: Distribu
     )
     instances = [(await endpoint.client()).instances()[0] for endpoint in endpoints]
     assert len({instance.transport.address.partition("/")[0] for instance in instances}) == 1
+
+
+async def test_workers_that_come_together_are_told_of_together(runtime: DistributedRuntime) -> None:
+    address = EndpointAddress.parse(ENDPOINT)
+    instances = await runtime.instances_of(address)
+    told: list[int] = []
+    instances.on_change(lambda: told.append(len(instances.available)))
+    for number in range(1, 101):
+        record = instance_record(address, number, f"127.0.0.1:{number}")
+        await runtime.discovery.put(address.instance_key(number), record)
+    await until(lambda: len(instances.available) == 100)
+    assert told == [100]
