@@ -48,8 +48,15 @@ fuzz: install  ## Feed the decoders bytes that nobody of ours would send, each f
 	$(BIN)/pip install -q --editable '.[fuzz]'
 	$(BIN)/python -m fuzz --seconds $(SECONDS) $(FUZZ_ARGS)
 
-docs: install  ## Write docs/reference/cli.md anew from the parsers
+docs: install  ## Write anew what is written from parsers and data: docs/reference/cli.md, support_matrix.md
 	$(BIN)/python scripts/cli_reference.py
+	$(BIN)/python scripts/support_matrix.py
+
+doctor: install  ## Put what `dynamo doctor` says of this machine into docs/reference/support_matrix.md
+	$(BIN)/python scripts/support_matrix.py --doctor
+
+dist:  ## Build wheels, source distributions and SBOMs into dist, the same bytes from the same commit
+	@$(PYTHON) scripts/build_dist.py
 
 clean:  ## Remove what the other targets made
-	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis

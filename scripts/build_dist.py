@@ -4,8 +4,8 @@
 usage: python3 scripts/build_dist.py [--out dist]
 
 Builds `ai-dynamo` and, from the same tree, `ai-dynamo-runtime`, each as wheel and source distribution, with an SBOM
-(CycloneDX) beside each wheel and the sums of all in SHA256SUMS. What git does not ignore is copied, as it is in the tree, to a
-scratch directory and built there by one version of setuptools. Times are SOURCE_DATE_EPOCH, or else the
+(CycloneDX) beside each wheel and the sums of all in SHA256SUMS. What git does not ignore is copied, as it is in the
+tree, to a scratch directory and built there by one version of setuptools. Times are SOURCE_DATE_EPOCH, or else the
 last commit's. Needs Python 3.11 with pip; setuptools is fetched into build/dist-env the first time.
 """
 
