@@ -32,6 +32,7 @@ LONGEST = 2000  # tokens of a prompt
 LEASE_S = {"vllm": 6.0, "mocker": 30.0}  # the mocker's is what vLLM's is if nothing is said
 SETTLE_S = 60.0  # for the last requests, and the end of leases
 ANSWER_S = 120.0
+LOOK_S = 0.5
 ENGINES = {
     "vllm": ["dynamo.vllm", "--model", "{}", "--served-model-name", MODEL, "--max-model-len", str(CONTEXT),
              "--num-gpu-blocks-override", str(BLOCKS), "--max-num-seqs", "32", "--enforce-eager"],
@@ -138,20 +139,25 @@ class Soaked:
         """Kill one after the other until time is over."""
         began = time.monotonic()
         while (passed := time.monotonic() - began) < self.a.seconds:
-            handles = self.total("prefill", HANDLES)
-            self.most_handles = max(self.most_handles, handles)
-            print(f"{passed:6.0f} s  {dict(self.outcomes)}  handles {handles:.0f}", flush=True)
+            print(f"{passed:6.0f} s  {dict(self.outcomes)}", flush=True)
             await asyncio.sleep(min(self.a.kill_every, self.a.seconds - passed + 0.1))
             if time.monotonic() - began < self.a.seconds:
                 late = passed > self.a.seconds / 2 and not self.kills["prefill"]
                 await self.kill("prefill" if late else "decode")
+
+    async def watch(self) -> None:
+        """Look how many handles there are, again and again."""
+        while True:
+            handles = await asyncio.to_thread(self.total, "prefill", HANDLES)
+            self.most_handles = max(self.most_handles, handles)
+            await asyncio.sleep(LOOK_S)
 
     # --- the end
 
     def total(self, role: str, name: str) -> float:
         """A metric's sum over the workers of a role; they may be on their way out."""
         with contextlib.suppress(OSError, AssertionError):
-            return sum(worker.series(name) for worker, its in self.roles.items() if its == role)
+            return sum(worker.series(name) for worker, its in list(self.roles.items()) if its == role)
         return 0.0
 
     def blocks(self, worker: Server) -> float:
@@ -186,7 +192,10 @@ async def run(a: argparse.Namespace) -> int:
             rnd = random.Random(a.seed)
             beginnings = [[rnd.randrange(300, 4000) for _ in range(LONGEST // 2)] for _ in range(4)]
             streams = [asyncio.create_task(soaked.ask(beginnings, number)) for number in range(a.streams)]
+            watching, began = asyncio.create_task(soaked.watch()), time.monotonic()
             await soaked.faults()
+            seconds = time.monotonic() - began
+            watching.cancel()
             soaked.stopping = True
             await asyncio.gather(*streams)
             left = await soaked.settled()
@@ -194,7 +203,7 @@ async def run(a: argparse.Namespace) -> int:
         finally:
             soaked.servers.stop()
     wrong = any(left.values()) or sum(soaked.outcomes[name] for name in ("failed", "too late", "of another length"))
-    print(f"{a.seconds:g} s with {a.engine} workers, {a.streams} streams: {dict(soaked.outcomes)}")
+    print(f"{seconds:.0f} s with {a.engine} workers, {a.streams} streams: {dict(soaked.outcomes)}")
     print(
         f"killed: {dict(soaked.kills)}; handles: {ended:.0f} of the prefill worker since it began, "
         f"{soaked.most_handles:.0f} at once at most"
