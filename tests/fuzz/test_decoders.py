@@ -86,13 +86,14 @@ def test_the_seeds_get_as_far_as_they_should() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="atheris cannot be had here: the extra `fuzz`")
-def test_atheris_runs_every_target(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TARGETS)
+def test_atheris_runs(name: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "fuzz", "--seconds", "1", "--keep", str(tmp_path)],
+        [sys.executable, "-m", "fuzz", "--seconds", "1", "--keep", str(tmp_path), name],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=110,
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    assert done.stdout.count(" executions in ") == len(TARGETS)
+    assert " executions in " in done.stdout
