@@ -21,6 +21,7 @@ import pytest
 import pytest_asyncio
 
 from dynamo.llm.protocols.engine import PreprocessedRequest
+from dynamo.router.kv_router import KvRouter
 from dynamo.runtime import DistributedRuntime
 from dynamo.runtime.errors import DynamoException
 from dynamo.vllm.engine import DRIVER_ENV
@@ -167,6 +168,7 @@ CASES: dict[str, dict[str, Any]] = {
     "logprobs": {"output_options": {"logprobs": 2}},
     "penalties": {"sampling_options": GREEDY | {"presence_penalty": 1.5, "repetition_penalty": 1.3}},
     "seeded": {"sampling_options": {"temperature": 1.0, "seed": 11}},
+    "seeded and penalized": {"sampling_options": {"temperature": 1.0, "seed": 12, "presence_penalty": 0.8}},
     "minimum": {
         "sampling_options": GREEDY | {"logit_bias": {1: 100.0}},
         "stop_conditions": {"ignore_eos": False, "min_tokens": 5},
@@ -211,6 +213,30 @@ async def test_an_adapters_kv_is_fetched_for_that_adapter_alone(pair: Pair) -> N
     first["token_ids"] = whole[1][:1]
     assert tokens(await ask(pair.cached, resumed(base, first))) == whole[1][1:]
     assert await pair.cached.metric(RECOMPUTES, reason="digest") == 1
+
+
+async def test_a_router_sees_the_blocks_that_came_over_and_they_need_not_come_again(pair: Pair) -> None:
+    first_turn, moved = asked(words(715, 9 * BLOCK + 5), 3), "dynamo_component_kv_transfer_bytes"
+    router = KvRouter(pair.runtime.endpoint("dynamo.cached.generate"), BLOCK)
+
+    async def held() -> bool:
+        return await router.best_worker(first_turn.token_ids) == (pair.cached.instance_id, 0, 9)
+
+    async def transferred(count: float) -> bool:
+        return await pair.cached.metric(f"{moved}_count") == count
+
+    try:
+        assert await router.best_worker(first_turn.token_ids) == (pair.cached.instance_id, 0, 0)
+        before, size = [await pair.cached.metric(f"{moved}_{each}") for each in ("count", "sum")]
+        await split(pair.prefiller, pair.cached, first_turn)
+        await until(held, 20, pair.cached)
+        await until(lambda: transferred(before + 1), 20, pair.cached)
+        all_of_it = await pair.cached.metric(f"{moved}_sum") - size
+        await split(pair.prefiller, pair.cached, asked([*first_turn.token_ids, *words(716, BLOCK)], 3))
+        await until(lambda: transferred(before + 2), 20, pair.cached)
+        assert await pair.cached.metric(f"{moved}_sum") - size - all_of_it < 0.3 * all_of_it
+    finally:
+        await router.close()
 
 
 async def test_a_transfer_does_not_wait_for_the_prefill_workers_next_prompt(pair: Pair) -> None:
