@@ -136,10 +136,10 @@ class _Supervisor:
                 renew = asyncio.ensure_future(slot.renew.wait())
                 await asyncio.wait((now.ended, renew), return_when=asyncio.FIRST_COMPLETED)
                 renew.cancel()
-            if not now.ended.done():
-                now = await self._renew(slot, now)
-                continue
-            status = now.ended.result()
+                if not now.ended.done():
+                    now = await self._renew(slot, now)
+                    continue
+            status = await now.ended
             if not slot.has_served:
                 log.error("http worker %d ended with status %s at its start", slot.number, status)
                 if not self._failed.done():

@@ -105,12 +105,12 @@ class FrontendService:
         self._monitor.start()
         self._runtime.metrics.on_scrape(self._update_series)
         if share is not None:
-            siblings = Siblings(share, self.metrics, self._config.metrics_prefix, self.models)
-            await siblings.start()
-            self._siblings = self._system.siblings = siblings
-            self._admin.on_change = siblings.tell_settings
             if not await self.models.settled(SETTLE_S):
                 log.warning("some models cannot be used yet; listening all the same")
+            siblings = Siblings(share, self.metrics, self._config.metrics_prefix, self.models)
+            await siblings.start()  # now, and not before: until then the one that this replaces is told of settings
+            self._siblings = self._system.siblings = siblings
+            self._admin.on_change = siblings.tell_settings
             for sock in share.listening:
                 self._listening.append(await loop.create_server(self._http, sock=sock, **options))
 
