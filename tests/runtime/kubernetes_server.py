@@ -1,6 +1,6 @@
 """How do tests run an API server of Kubernetes, hurt it, and look into it past the code under test?
 
-`ScriptedApiServer` is not a real one: none can be installed here. It is real HTTP, and does what the API's reference
+`ScriptedApiServer` is not a real one: no package brings one. It is real HTTP, and does what the API's reference
 says of the requests that discovery makes: lists in pages, watches from a version on, bookmarks, 410 for what was
 forgotten, server-side apply, the `Status` of every refusal. `RealApiServer` is the real thing, for whoever has a
 `kube-apiserver` on the PATH or in TEST_KUBE_APISERVER: the same tests then run against both.
