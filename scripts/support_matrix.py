@@ -34,7 +34,8 @@ The last column is what ai-dynamo 0.1.0 published.
 PACKAGES = """\
 ## Dependencies
 
-The core's tests ran at both ends of each range, together: all at their lowest, all at their highest.
+All at their highest, all tests run. All at their lowest, 2,353 tests of runtime, llm, router and frontend ran, and
+passed (the rest of the frontend's, the engine's and the mocker's were not reached).
 """
 WHEELS = """\
 ## Wheels of the dependencies
@@ -57,7 +58,7 @@ def main() -> int:
     old = PAGE.read_text() if PAGE.exists() else ""
     pasted = {name: between(old, name) for name in ("wheels", "doctor")}
     if args.doctor:
-        pasted["doctor"] = as_markdown(examine(Wanted()))
+        pasted["doctor"] = as_markdown(examine(Wanted(), timeout_s=60))  # patient: the page is kept
     if args.wheels:
         script = [sys.executable, str(ROOT / "scripts" / "check_wheels.py"), "--markdown"]
         pasted["wheels"] = subprocess.run(script, stdout=subprocess.PIPE, text=True, check=True).stdout
