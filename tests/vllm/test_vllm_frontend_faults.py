@@ -1,4 +1,4 @@
-"""What does a client of the frontend see when real workers are killed, and does the one that stays free its KV?
+"""What does a client of the frontend see when real workers are killed, and do those that stay free its KV or go on?
 
 Two prefill workers and a decode worker for both tests, which end two of the three.
 """
@@ -32,14 +32,19 @@ pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
 ]
 
+IN_ENGINE = 4  # requests of the decode worker; the others wait before it
+LONG = 400  # tokens of answers that another worker finishes; some seconds' worth
 RECOMPUTES = "dynamo_component_kv_transfer_recomputes_total"
 
 
 @dataclass
 class Fleet:
-    """A frontend and its workers. `dying` and `staying` compute prompts."""
+    """Frontends and their workers. `dying` and `staying` compute prompts; `moving` moves requests to other workers."""
 
     service: FrontendService
+    moving: FrontendService
+    beside: DistributedRuntime
+    """Of the latter."""
     session: aiohttp.ClientSession
     tokenizer: Tokenizer
     dying: Worker
@@ -59,11 +64,11 @@ class Fleet:
             assert response.status == 200, body
             return str(body["choices"][0]["text"])
 
-    async def right(self, prompt: list[int]) -> str:
+    async def right(self, prompt: list[int], max_tokens: int = 20) -> str:
         """What the decode worker answers alone."""
         wanted = request(
             prompt,
-            stop_conditions={"max_tokens": 20, "ignore_eos": True},
+            stop_conditions={"max_tokens": max_tokens, "ignore_eos": True},
             sampling_options={"temperature": 0.0},
         )
         return self.tokenizer.decode(tokens(await ask(self.decoder, wanted)))
@@ -78,32 +83,38 @@ async def fleet(weights_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         "TORCH_COMPILE_DISABLE": "1",  # vLLM compiles parts of its sampler at their first use, for seconds each
     }  # fmt: skip
     prefill = ["--disaggregation-mode", "prefill", "--kv-lease", str(LEASE_S)]
-    decode = ["--disaggregation-mode", "decode", "--no-enable-prefix-caching", "--engine-request-limit", "2"]
+    decode = ["--disaggregation-mode", "decode", "--no-enable-prefix-caching", "--engine-request-limit", str(IN_ENGINE)]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
         runtime = DistributedRuntime(discovery_backend="file")
-        service = FrontendService(runtime, FrontendConfig(http_port=0), Limits(graceful_shutdown_s=0.1))
+        limits = Limits(graceful_shutdown_s=0.1)
+        service = FrontendService(runtime, FrontendConfig(http_port=0), limits)
+        beside = DistributedRuntime(discovery_backend="file")
+        moving = FrontendService(beside, FrontendConfig(http_port=0, migration_limit=1), limits)
         workers = [
             await Worker.start(weights_dir, home / f"{name}.log", environ, *flags)
             for name, flags in (("dying", prefill), ("staying", prefill), ("decode", decode))
         ]
         try:
-            await service.start()
             for worker in workers:
                 await worker.ready(runtime)
-            await until(lambda: any(s.prefill is not None for s in service.models.sets()), 30, *workers)
+            for each in (service, moving):
+                await each.start()
+                await until(lambda of=each: any(s.prefill is not None for s in of.models.sets()), 30, *workers)
             async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(ANSWER_S)) as session:
-                yield Fleet(service, session, Tokenizer.load(weights_dir), *workers)
+                yield Fleet(service, moving, beside, session, Tokenizer.load(weights_dir), *workers)
         finally:
             for worker in workers:
                 await worker.kill()
-            await service.close()
-            await runtime.close()
+            for each, its in ((service, runtime), (moving, beside)):
+                await each.close()
+                await its.close()
 
 
 async def test_a_prefill_worker_that_is_killed_costs_time_whatever_it_was_doing(fleet: Fleet) -> None:
-    lengths = {"reading": 300, "reading too": 200, "waiting": 250, "computing": 3900}
+    reading = {f"reading {number}": 200 + 20 * number for number in range(IN_ENGINE)}
+    lengths = {**reading, "waiting": 250, "computing": 3900}
     prompts = {name: words(800 + length, length) for name, length in lengths.items()}
     right = {name: await fleet.right(prompt) for name, prompt in prompts.items()}
     assert await fleet.text(words(803, 300), fleet.dying) == await fleet.right(words(803, 300))
@@ -122,11 +133,11 @@ async def test_a_prefill_worker_that_is_killed_costs_time_whatever_it_was_doing(
     with contextlib.ExitStack() as stack:
         stack.callback(os.kill, core, signal.SIGCONT)
         os.kill(core, signal.SIGSTOP)
-        begin("reading")
-        begin("reading too")
-        await until_held(0, 2)  # the decode worker has claimed them, and its engine has not fetched them
+        for name in reading:
+            begin(name)
+        await until_held(0, IN_ENGINE)  # the decode worker has claimed them, and its engine has not fetched them
         begin("waiting")
-        await until_held(1, 2)  # and this one it has not even claimed
+        await until_held(1, IN_ENGINE)  # and this one it has not even claimed
         begin("computing")
         await until(lambda: _is_computing(fleet.dying), 20, fleet.dying)
         await fleet.dying.kill()
@@ -144,7 +155,37 @@ async def _is_computing(worker: Worker) -> bool:
     return await worker.metric("dynamo_engine_request") >= 1
 
 
-async def test_a_decode_worker_that_is_killed_is_a_typed_error_and_the_kv_it_read_is_free(fleet: Fleet) -> None:
+@dataclass
+class Moved:
+    """An answer of the frontend that moves requests."""
+
+    text: str = ""
+    usage: dict[str, int] | None = None
+    chunks: int = 0
+
+    async def ask(self, fleet: Fleet, prompt: list[int], *, stream: bool) -> None:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": LONG, "temperature": 0, "ignore_eos": True}
+        body |= {"stream": stream, "stream_options": {"include_usage": True}} if stream else {}
+        url = f"http://127.0.0.1:{fleet.moving.port}/v1/completions"
+        async with fleet.session.post(url, json=body) as response:
+            assert response.status == 200, await response.text()
+            async for line in response.content:
+                if not stream:
+                    self.take(msgspec.json.decode(line))
+                elif line.startswith(b"data: {"):
+                    self.take(msgspec.json.decode(line[6:]))
+
+    def take(self, value: dict[str, Any]) -> None:
+        assert "error" not in value, value
+        self.chunks += 1
+        self.usage = value.get("usage") or self.usage
+        self.text += "".join(choice["text"] for choice in value["choices"])
+
+
+async def test_a_decode_worker_that_is_killed_is_a_typed_error_or_another_goes_on(fleet: Fleet) -> None:
+    """And the KV that it read is free. `staying` turns into a decode worker just before, so that there is another."""
+    prompts = [words(812, 100), words(813, 120)]
+    right = [await fleet.right(prompt, LONG) for prompt in prompts]
     seen: list[bytes] = []
     answering = asyncio.Event()
 
@@ -158,6 +199,12 @@ async def test_a_decode_worker_that_is_killed_is_a_typed_error_and_the_kv_it_rea
     streaming = asyncio.ensure_future(stream())
     async with asyncio.timeout(ANSWER_S):
         await answering.wait()
+    answers = [Moved(), Moved()]
+    moving = [
+        asyncio.ensure_future(answer.ask(fleet, prompt, stream=bool(number)))
+        for number, (answer, prompt) in enumerate(zip(answers, prompts, strict=True))
+    ]
+    await until(lambda: answers[1].chunks > 20, ANSWER_S, fleet.decoder)
     os.kill(fleet.decoder.core(), signal.SIGSTOP)
     reading = asyncio.ensure_future(_answer(fleet, words(811, 300)))
 
@@ -165,6 +212,9 @@ async def test_a_decode_worker_that_is_killed_is_a_typed_error_and_the_kv_it_rea
         return (await fleet.staying.held())[1] == 1
 
     await until(claimed, 20, fleet.staying)
+    await fleet.staying.become(fleet.beside, "decode")
+    await until(lambda: any(s.worker_count == 2 for s in fleet.moving.models.sets()), 20, fleet.staying)
+    assert not any(task.done() for task in moving)
     await fleet.decoder.kill()
     status, body = await reading
     assert status == 503, body
@@ -173,6 +223,12 @@ async def test_a_decode_worker_that_is_killed_is_a_typed_error_and_the_kv_it_rea
     (error,) = [line for line in seen if b'"error"' in line]
     assert msgspec.json.decode(error.removeprefix(b"data: "))["error"]["message"]
     assert not any(b"[DONE]" in line for line in seen)
+    await asyncio.gather(*moving)
+    assert fleet.moving.metrics.migrations.labels("tiny", "ongoing_request", "success").value == 2
+    for answer, prompt, text in zip(answers, prompts, right, strict=True):
+        assert answer.text == text
+        assert answer.usage is not None
+        assert (answer.usage["prompt_tokens"], answer.usage["completion_tokens"]) == (len(prompt), LONG)
 
     async def empty() -> bool:
         return await fleet.staying.held() == (0.0, 0.0)
