@@ -42,6 +42,7 @@ WHEELS = """\
 
 What `scripts/check_wheels.py` said: packages, with all that they need in turn, that have a wheel for glibc 2.28.
 """
+NOT_YET = "Not put in yet: `python scripts/support_matrix.py --wheels`.\n"
 DOCTOR = """\
 ## The machine that this was written on
 
@@ -84,7 +85,7 @@ def page(matrix: Matrix, pasted: dict[str, str]) -> str:
     items = "".join(line(item.what, item.status, item.why, item.upstream) for item in matrix.items)
     parts.append(f"## Distribution\n\n{HEADS}{items}")
     parts.append(PACKAGES + "\n" + packages(matrix.packages))
-    parts.append(WHEELS + "\n" + marked("wheels", pasted["wheels"]))
+    parts.append(WHEELS + "\n" + marked("wheels", pasted["wheels"] or NOT_YET))
     parts.append(DOCTOR + "\n" + marked("doctor", pasted["doctor"]))
     return "\n".join(parts)
 
