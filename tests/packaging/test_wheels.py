@@ -103,8 +103,8 @@ def test_the_runtime_wheel_has_the_runtime_and_nothing_else(dist: Path) -> None:
 
 def test_the_runtime_asks_for_what_it_imports_in_the_same_ranges() -> None:
     module_of = {"msgspec": "msgspec", "aiohttp": "aiohttp", "zmq": "pyzmq", "uvloop": "uvloop",
-                 "prometheus_client": "prometheus-client", "nats": "nats-py", "nkeys": "nats-py", "yaml": "pyyaml", "nacl": "pynacl",
-                 "opentelemetry": "opentelemetry-sdk"}  # fmt: skip
+                 "prometheus_client": "prometheus-client", "nats": "nats-py", "nkeys": "nats-py",
+                 "yaml": "pyyaml", "nacl": "pynacl", "opentelemetry": "opentelemetry-sdk"}  # fmt: skip
     extras = RUNTIME["optional-dependencies"]
     asked = RUNTIME["dependencies"] + [line for lines in extras.values() for line in lines]
     assert {re.split(r"[\[><=]", line)[0] for line in asked} - {"opentelemetry-exporter-otlp-proto-http"} == {
