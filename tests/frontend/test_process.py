@@ -112,7 +112,7 @@ def test_what_the_settings_cannot_be_is_said_in_one_line(tmp_path: Path) -> None
     assert "DYN_HTTP_BODY_LIMIT_MB" in refused(DYN_HTTP_BODY_LIMIT_MB="-1")
     assert "DYN_HTTP_SVC_CHAT_PATH" in refused(DYN_HTTP_SVC_CHAT_PATH="talk", DYN_DISCOVERY_BACKEND="mem")
     assert "DYN_METRICS_TTFT" in refused(DYN_METRICS_TTFT_MIN="-1", DYN_DISCOVERY_BACKEND="mem")
-    assert "kubernetes" in refused("--discovery-backend", "kubernetes")
+    assert "KUBECONFIG" in refused("--discovery-backend", "kubernetes")
     template = tmp_path / "t.json"
     template.write_text('{"temprature": 1}')
     assert "temprature" in refused("--request-template", str(template), DYN_DISCOVERY_BACKEND="mem")
