@@ -125,6 +125,14 @@ async def test_nothing_of_a_durable_topic_is_lost_by_restarts_of_the_server(
     await publisher.close()
 
 
+async def test_who_leaves_at_any_moment_of_starting_is_gone(drt: DistributedRuntime) -> None:
+    for i in range(40):
+        subscriber = await create_subscriber(drt, SCOPE, KEPT)
+        await asyncio.sleep(0.0005 * (i % 20))  # in the middle of whatever it says to the server then
+        async with asyncio.timeout(SOON_S):
+            await subscriber.close()
+
+
 async def test_a_server_that_has_lost_its_streams_gets_them_again(
     server: NatsServer, drt: DistributedRuntime, tmp_path: Path
 ) -> None:

@@ -148,6 +148,7 @@ class DurableFeed:
         self._delivered = 0
         self._heard_at = 0.0
         self._interest: Interest | None = None
+        self._closed = False
         self._broken = asyncio.Event()
         self._broken.set()
         self._ready = asyncio.Event()
@@ -165,7 +166,7 @@ class DurableFeed:
 
     async def _keep(self) -> None:
         """Have a consumer, and another one when it is lost."""
-        while True:
+        while not self._closed:  # nats-py swallows a cancellation now and then
             try:
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._broken.wait()
@@ -267,6 +268,7 @@ class DurableFeed:
 
     async def close(self) -> None:
         """Read no more."""
+        self._closed = True
         if self._broken.set in self._link.on_up:
             self._link.on_up.remove(self._broken.set)
         self._keeping.cancel()

@@ -315,7 +315,7 @@ class NatsLink:
         """Returns when the server does not answer."""
         from nats.errors import Error
 
-        while True:
+        while self._client is client:  # nats-py swallows a cancellation now and then
             await asyncio.sleep(PING_S)
             try:
                 async with asyncio.timeout(SILENCE_S):
