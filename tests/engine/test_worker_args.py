@@ -92,3 +92,13 @@ def test_a_health_check_payload_may_stand_in_a_file(tmp_path):
 def test_the_options_in_effect_can_be_written_down(tmp_path):
     dump_config(str(tmp_path / "c.json"), {"a": 1, "b": ("x",)})
     assert json.loads((tmp_path / "c.json").read_text()) == {"a": 1, "b": ["x"]}
+
+
+def test_rare_options_are_only_mentioned_in_the_help_and_all_listed_when_asked_for(capsys):
+    parser = OptionParser("prog", "d")
+    add_worker_options(parser)
+    assert "--tcp-tls-cert-path" not in parser.format_help()
+    assert "listed by --help-all: TLS with NATS (3), TLS between processes (9)" in parser.format_help()
+    with pytest.raises(SystemExit):
+        parser.parse(["--help-all"])
+    assert "--tcp-tls-cert-path" in capsys.readouterr().out

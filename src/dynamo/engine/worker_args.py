@@ -93,9 +93,10 @@ def add_worker_options(parser: OptionParser) -> None:
     )
     parser.option(place, "--response-plane", env="DYN_RESPONSE_PLANE", metavar="NAME", help="how responses travel")
     parser.option(place, "--event-plane", env="DYN_EVENT_PLANE", metavar="NAME", help="how events travel: zmq, nats")
+    nats = parser.add_rare_group("TLS with NATS")
     for variable, what in _NATS_TLS.items():
-        parser.option(place, _flag(variable), env=variable, metavar="FILE", help=f"TLS with NATS: PEM {what}")
-    add_tls_options(parser, place)
+        parser.option(nats, _flag(variable), env=variable, metavar="FILE", help=f"PEM {what}")
+    add_tls_options(parser)
 
     serving = parser.add_argument_group("serving")
     parser.option(

@@ -203,7 +203,7 @@ def parser() -> OptionParser:
         metavar="NAME",
         help="how events travel: zmq, nats (default: zmq)",
     )
-    add_tls_options(p, found)
+    add_tls_options(p)
     routing = p.add_argument_group("routing")
     p.option(
         routing,

@@ -79,6 +79,28 @@ class OptionParser(argparse.ArgumentParser):
             formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100),
         )
         self._from_env: list[tuple[argparse.Action, str, Callable[[str], Any]]] = []
+        self._rare: list[argparse._ArgumentGroup] = []
+
+    def add_rare_group(self, title: str) -> argparse._ArgumentGroup:
+        """A group of options that `--help` only mentions; `--help-all` lists them."""
+        if not self._rare:
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="list all options, and exit")
+        self._rare.append(self.add_argument_group(title))
+        return self._rare[-1]
+
+    def format_help(self) -> str:
+        """See `ArgumentParser`."""
+        shown, self._action_groups = self._action_groups, [g for g in self._action_groups if g not in self._rare]
+        try:
+            text = super().format_help()
+        finally:
+            self._action_groups = shown
+        counts = [f"{group.title} ({len(group._group_actions)})" for group in self._rare]
+        return text + (f"\nmore, listed by --help-all: {', '.join(counts)}\n" if counts else "")
+
+    def format_full_help(self) -> str:
+        """The help with the rare options."""
+        return super().format_help()
 
     def option(
         self,
@@ -145,3 +167,12 @@ class OptionParser(argparse.ArgumentParser):
         """One line on stderr, exit status 2."""
         sys.stderr.write(f"{self.prog}: error: {message}\n")
         raise SystemExit(2)
+
+
+class _HelpAll(argparse.Action):
+    """Print the whole help, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        assert isinstance(parser, OptionParser)
+        sys.stdout.write(parser.format_full_help())
+        raise SystemExit(0)

@@ -4,7 +4,6 @@
 (facts row Q17) are the request plane's.
 """
 
-import argparse
 import logging
 import os
 import ssl
@@ -213,10 +212,10 @@ def flag_of(variable: str) -> str:
     return "--" + variable.removeprefix("DYN_").lower().replace("_", "-")
 
 
-def add_tls_options(parser: OptionParser, group: argparse._ArgumentGroup) -> None:
+def add_tls_options(parser: OptionParser) -> None:
     """Add a flag for each of the request plane's variables."""
-    for variable, what in VARIABLES.items():
-        about = f"TLS between processes: {what}"
+    group = parser.add_rare_group("TLS between processes")
+    for variable, about in VARIABLES.items():
         if variable == "DYN_TCP_TLS_INSECURE":
             parser.option(group, flag_of(variable), env=variable, type=bool, help=about)
         else:
