@@ -34,7 +34,7 @@ The last column is what ai-dynamo 0.1.0 published.
 PACKAGES = """\
 ## Dependencies
 
-All at their highest, all tests run. All at their lowest, 2,353 tests of runtime, llm, router and frontend ran, and
+All tests run with the newest of the day. All at their lowest, 2,353 tests of runtime, llm, router and frontend ran, and
 passed (the rest of the frontend's, the engine's and the mocker's were not reached).
 """
 WHEELS = """\

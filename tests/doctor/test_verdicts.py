@@ -72,7 +72,7 @@ CASES: dict[str, list[tuple[object, str, str]]] = {
     ],
     "distribution": [
         (linux("debian 12"), "debian 12", S),
-        (linux("debian 13"), "debian 13", S),
+        (linux("debian 13"), "debian 13", E),
         (linux("ubuntu 24.04"), "ubuntu 24.04", E),
         (linux("ubuntu 22.04"), "ubuntu 22.04", E),
         (linux("gentoo"), "*", E),
@@ -89,8 +89,8 @@ CASES: dict[str, list[tuple[object, str, str]]] = {
     ],
     "python": [
         (facts.Python("CPython", "3.11.7"), "3.11", S),
-        (facts.Python("CPython", "3.12.1"), "3.12", S),
-        (facts.Python("CPython", "3.13.0"), "3.13", S),
+        (facts.Python("CPython", "3.12.1"), "3.12", E),
+        (facts.Python("CPython", "3.13.0"), "3.13", E),
         (facts.Python("CPython", "3.14.0"), "3.14", E),
         (facts.Python("CPython", "3.15.0a1"), "*", U),
         (facts.Python("PyPy", "3.11.7"), "no CPython", U),

@@ -84,7 +84,9 @@ class OptionParser(argparse.ArgumentParser):
     def add_rare_group(self, title: str) -> argparse._ArgumentGroup:
         """A group of options that `--help` only mentions; `--help-all` lists them."""
         if not self._rare:
-            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="list all options, and exit")
+            self.add_argument(
+                "--help-all", action=_HelpAll, nargs=0, default=argparse.SUPPRESS, help="list all options, and exit"
+            )
         self._rare.append(self.add_argument_group(title))
         return self._rare[-1]
 
