@@ -96,6 +96,7 @@ def test_the_options_in_effect_can_be_written_down(tmp_path):
 
 def test_rare_options_are_only_mentioned_in_the_help_and_all_listed_when_asked_for(capsys):
     parser = OptionParser("prog", "d")
+    parser.usage = "%(prog)s [option ...]"
     add_worker_options(parser)
     assert "--tcp-tls-cert-path" not in parser.format_help()
     assert "listed by --help-all: TLS with NATS (3), TLS between processes (9)" in parser.format_help()
