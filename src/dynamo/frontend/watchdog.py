@@ -8,7 +8,7 @@ import asyncio
 from time import perf_counter
 from typing import Protocol
 
-from dynamo.runtime.context import Context
+from dynamo.runtime.context import TIME_IS_OVER, Context
 from dynamo.runtime.errors import DeadlineExceeded, DynamoException
 
 
@@ -36,7 +36,7 @@ class Watchdog:
         self._watched.add(watched)
         left_s = context.time_left()
         if left_s is not None:
-            over = DeadlineExceeded("the request's time is over (x-dynamo-request-timeout-ms, or the server's limit)")
+            over = DeadlineExceeded(TIME_IS_OVER)
             self._deadlines[watched] = asyncio.get_running_loop().call_later(left_s, watched.fail, over)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._interval_s, self._tick)

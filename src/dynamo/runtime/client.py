@@ -15,7 +15,7 @@ from dynamo.runtime import wire
 from dynamo.runtime.annotated import Annotated
 from dynamo.runtime.cards import ids_by_runtime_data
 from dynamo.runtime.connection import Call, ConnectionPool
-from dynamo.runtime.context import CancelLevel, Context
+from dynamo.runtime.context import TIME_IS_OVER, CancelLevel, Context
 from dynamo.runtime.errors import (
     Cancelled,
     CannotConnect,
@@ -286,7 +286,7 @@ class _Buffer:
         """Nobody waits for the rest; the worker has its own clock, but may be silent."""
         if self.call is not None:
             self.call.cancel("kill")
-        self.on_error(DeadlineExceeded("the request's time is over"))
+        self.on_error(DeadlineExceeded(TIME_IS_OVER))
 
     def _finish(self, error: DynamoException | None) -> None:
         if not self.finished:

@@ -21,6 +21,7 @@ CancelLevel = Literal["stop", "kill"]
 
 TIMEOUT_HEADER = "x-dynamo-request-timeout-ms"
 """What is left of a request's time: a span, as the clocks of two hosts need not agree."""
+TIME_IS_OVER = f"the request's time is over ({TIMEOUT_HEADER}, or the server's limit)"  # whoever notices first says it
 SENT_HEADER = "x-frontend-send-ts-ns"  # when the caller sent the request, in ns since 1970 by its clock
 _METADATA_PREFIX = "x-dynamo-meta-"
 

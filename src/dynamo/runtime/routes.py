@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from dynamo.runtime import wire
-from dynamo.runtime.context import CancelLevel, Context
+from dynamo.runtime.context import TIME_IS_OVER, CancelLevel, Context
 from dynamo.runtime.errors import Cancelled, DeadlineExceeded, EngineShutdown, to_wire
 from dynamo.runtime.streams import PushHandler
 
@@ -93,7 +93,7 @@ class ServerStream:
 
     def _time_is_over(self) -> None:
         """Nobody waits for the rest, wherever in the worker it is."""
-        self.fail(DeadlineExceeded("the request's time is over"))
+        self.fail(DeadlineExceeded(TIME_IS_OVER))
         self.context.kill()
 
     @property
