@@ -241,7 +241,7 @@ async def test_a_server_that_stands_still_for_longer_than_a_lease_loses_no_insta
             server.signal(signal.SIGSTOP)
             await eventually(lambda: one.gateway.down and other.gateway.down)
             with contextlib.suppress(asyncio.CancelledError):
-                leaver._tasks["beat"].cancel()  # as if it had died meanwhile
+                leaver._chores._tasks["beat"].cancel()  # as if it had died meanwhile
             await asyncio.sleep(TTL_S * 1.5)
             server.signal(signal.SIGCONT)
             await eventually(lambda: follower.gone == [OTHER], within_s=GONE_S)

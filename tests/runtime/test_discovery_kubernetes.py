@@ -132,7 +132,7 @@ async def test_a_dead_pod_is_gone_with_its_readiness(cluster: Cluster) -> None:
     await dying.put(KEY, b"value")
     async with watcher(cluster.settings()) as others:
         await eventually(lambda: KEY in others.known)
-        for task in dying._tasks.values():
+        for task in dying._chores._tasks.values():
             task.cancel()  # killed: it says nothing
         await cluster.set_ready(pod, None)  # its machine is gone, and the slices with it
         took_s = await eventually(lambda: others.gone == [KEY])

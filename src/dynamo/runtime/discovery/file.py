@@ -10,11 +10,12 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from dynamo.runtime.discovery.chores import Chores
 from dynamo.runtime.discovery.directory import Entry, KeyDirectory, split_key
 from dynamo.runtime.discovery.inotify import Inotify
 from dynamo.runtime.discovery.protocol import LEASE_TTL_S, Delete, Put
@@ -50,18 +51,17 @@ class FileDiscovery:
         self._buckets: set[str] = set()
         self._inotify: Inotify | None = None
         self._changed = asyncio.Event()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._chores = Chores()
         self._trouble_since: float | None = None
         self._warned_at = 0.0
         self._keep_absent_until = 0.0
-        self._closed = False
 
     # --- the protocol
 
     async def put(self, key: str, value: bytes, *, create: bool = False) -> None:
         """See `Discovery.put`."""
         await self._run(self._directory.put, key, value, create)
-        self._start("heartbeat", self._beat)
+        self._chores.begin("heartbeat", self._beat)
         self._changed.set()
 
     async def delete(self, key: str) -> None:
@@ -87,7 +87,7 @@ class FileDiscovery:
         bucket = split_key(prefix + "_")[0]
         known = self._known.setdefault(bucket, {})
         self._buckets.add(bucket)
-        self._start("watch", self._follow)
+        self._chores.begin("watch", self._follow)
         self._changed.set()
         return self._hub.add(prefix, [Put(key, entry.value) for key, entry in known.items()])
 
@@ -96,12 +96,9 @@ class FileDiscovery:
 
     async def close(self) -> None:
         """See `Discovery.close`."""
-        if self._closed:
+        if self._chores.stopped:
             return
-        self._closed = True
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._chores.stop()
         try:
             await self._run(self._directory.close)
         except DiscoveryError as e:
@@ -187,10 +184,6 @@ class FileDiscovery:
         self._changed.set()
 
     # --- the thread, and trouble
-
-    def _start(self, name: str, loop: Callable[[], Coroutine[None, None, None]]) -> None:
-        if name not in self._tasks and not self._closed:
-            self._tasks[name] = asyncio.get_running_loop().create_task(loop(), name=f"discovery-{name}")
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         loop = asyncio.get_running_loop()

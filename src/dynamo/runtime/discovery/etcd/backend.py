@@ -6,9 +6,9 @@ has its turn.
 
 import asyncio
 import logging
-from collections.abc import Coroutine
 from dataclasses import replace
 
+from dynamo.runtime.discovery.chores import Chores
 from dynamo.runtime.discovery.directory import split_key
 from dynamo.runtime.discovery.etcd.errors import EtcdUnavailable
 from dynamo.runtime.discovery.etcd.followed import Bucket, entries
@@ -38,14 +38,13 @@ class EtcdDiscovery:
         self._owned = OwnedKeys(self.gateway)
         self._buckets: dict[str, Bucket] = {}
         self._hub = WatchHub()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._closed = False
+        self._chores = Chores()
 
     async def put(self, key: str, value: bytes, *, create: bool = False) -> None:
         """See `Discovery.put`."""
         split_key(key)
         await self._owned.put(key, value, create)
-        self._start("beat", self._beat())
+        self._chores.begin("beat", self._beat)
 
     async def delete(self, key: str) -> None:
         """See `Discovery.delete`."""
@@ -72,8 +71,8 @@ class EtcdDiscovery:
         name = split_key(prefix + "_")[0]
         if name not in self._buckets:
             self._buckets[name] = Bucket(name, self.gateway, self._hub.tell)
-            self._start(name, self._buckets[name].follow())
-            self._start("beat", self._beat())
+            self._chores.begin(name, self._buckets[name].follow)
+            self._chores.begin("beat", self._beat)
         known = self._buckets[name].known
         return self._hub.add(prefix, [Put(key, entry.value) for key, entry in known.items()])
 
@@ -83,12 +82,9 @@ class EtcdDiscovery:
 
     async def close(self) -> None:
         """See `Discovery.close`."""
-        if self._closed:
+        if self._chores.stopped:
             return
-        self._closed = True
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._chores.stop()
         await self._owned.close()
         await self.gateway.close()
         self._hub.close()
@@ -108,9 +104,3 @@ class EtcdDiscovery:
             for bucket in self._buckets.values():
                 bucket.settle()
             await asyncio.sleep(pause_s)
-
-    def _start(self, name: str, work: Coroutine[None, None, None]) -> None:
-        if name in self._tasks or self._closed:
-            work.close()
-            return
-        self._tasks[name] = asyncio.get_running_loop().create_task(work, name=f"discovery {name}")

@@ -5,9 +5,9 @@ server in `api.py`; here is when each has its turn.
 """
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import replace
 
+from dynamo.runtime.discovery.chores import Chores
 from dynamo.runtime.discovery.directory import split_key
 from dynamo.runtime.discovery.kubernetes.api import ApiServer
 from dynamo.runtime.discovery.kubernetes.errors import KubernetesUnavailable
@@ -45,15 +45,14 @@ class KubernetesDiscovery:
         self._slices = Reflector(
             self._api, self._slices_path, _ENABLED, Slice, members.slices_listed, members.slice_changed
         )
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._closed = False
+        self._chores = Chores()
 
     async def put(self, key: str, value: bytes, *, create: bool = False) -> None:
         """See `Discovery.put`."""
         split_key(key)
         await self._owned.put(key, value, create)
-        self._start("own", self._owned.follow())
-        self._start("beat", self._owned.beat())
+        self._chores.begin("own", self._owned.follow)
+        self._chores.begin("beat", self._owned.beat)
 
     async def delete(self, key: str) -> None:
         """See `Discovery.delete`."""
@@ -76,7 +75,7 @@ class KubernetesDiscovery:
                 raise
             found = self._members.known
         else:
-            if "workers" in self._tasks:
+            if "workers" in self._chores:
                 self._members.saw(
                     workers if self._workers.is_behind(workers_at) else None,
                     slices if self._slices.is_behind(slices_at) else None,
@@ -87,8 +86,8 @@ class KubernetesDiscovery:
     def watch(self, prefix: str) -> Watch:
         """See `Discovery.watch`."""
         split_key(prefix + "_")
-        self._start("workers", self._workers.follow())
-        self._start("slices", self._slices.follow())
+        self._chores.begin("workers", self._workers.follow)
+        self._chores.begin("slices", self._slices.follow)
         return self._hub.add(prefix, [Put(key, value) for key, value in self._members.known.items()])
 
     def hurry(self) -> None:
@@ -97,18 +96,9 @@ class KubernetesDiscovery:
 
     async def close(self) -> None:
         """See `Discovery.close`."""
-        if self._closed:
+        if self._chores.stopped:
             return
-        self._closed = True
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._chores.stop()
         await self._owned.close()
         await self._api.close()
         self._hub.close()
-
-    def _start(self, name: str, work: Coroutine[None, None, None]) -> None:
-        if name in self._tasks or self._closed:
-            work.close()
-            return
-        self._tasks[name] = asyncio.get_running_loop().create_task(work, name=f"discovery {name}")
