@@ -142,3 +142,9 @@ class WorkerProcess:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+
+
+async def dial(worker: DistributedRuntime) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection to a worker's listener, of somebody who has said nothing yet."""
+    host, _, port = worker.server.host_port.rpartition(":")
+    return await asyncio.open_connection(host, int(port))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dynamo.runtime import DistributedRuntime, wire
 from dynamo.runtime import server as server_module
 from dynamo.runtime.errors import Disconnected, WorkerUnavailable
-from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, push, until
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, caller, connect, dial, push, until
 
 HELLO = wire.PREAMBLE + bytes(wire.frame(wire.HELLO, (wire.DEFAULT_MAX_MESSAGE_BYTES, "test")))
 
@@ -29,11 +29,6 @@ async def worker(runtime: DistributedRuntime) -> DistributedRuntime:
 
     await runtime.endpoint(ENDPOINT).start_endpoint(echo)
     return runtime
-
-
-async def dial(worker: DistributedRuntime) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = worker.server.host_port.rpartition(":")
-    return await asyncio.open_connection(host, int(port))
 
 
 async def closed(reader: asyncio.StreamReader) -> bytes:

@@ -14,7 +14,7 @@ from dynamo.runtime import DistributedRuntime, wire
 from dynamo.runtime.errors import CannotConnect, DynamoException
 from dynamo.runtime.tls import TlsSettings
 from tests.runtime.etcd_server import make_certificates
-from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, push, until
+from tests.runtime.plane_helpers import ENDPOINT, SOON_S, Held, Sink, caller, connect, dial, push, until
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates"),
@@ -93,11 +93,6 @@ async def worker(fleet: Fleet) -> Any:
     runtime = await fleet.start()
     yield runtime
     await runtime.close()
-
-
-async def dial(worker: DistributedRuntime) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    host, _, port = worker.server.host_port.rpartition(":")
-    return await asyncio.open_connection(host, int(port))
 
 
 async def closed(reader: asyncio.StreamReader) -> bytes:

@@ -56,6 +56,12 @@ def env_file(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(text) if text else None
 
 
+def both_or_neither(first: str, second: str, given: tuple[object, object]) -> None:
+    """What two variables give belongs together. Raises ValueError naming both where one is set and the other not."""
+    if bool(given[0]) != bool(given[1]):
+        raise ValueError(f"{first} and {second} belong together: set both or neither")
+
+
 def env_seconds(environ: Mapping[str, str], name: str, default: float, *, least: int = 0, whole: bool = False) -> float:
     """A span of at least `least` seconds, and of whole ones if asked. Raises ValueError naming the variable."""
     text = environ.get(name, "").strip() or str(default)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from dynamo.runtime.options import OptionParser, env_file, env_seconds, parse_bool
+from dynamo.runtime.options import OptionParser, both_or_neither, env_file, env_seconds, parse_bool
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +98,23 @@ def server_context(cert: Path, key: Path, client_ca: Path | None, name: str) -> 
     return context
 
 
+def client_context(ca: Path | None, cert: Path | None, key: Path | None, names: tuple[str, str]) -> ssl.SSLContext:
+    """Whom a caller believes (the system's authorities, if not `ca`), and what it shows. `names` are what the authority
+    and the certificate with its key are called where they were given.
+
+    Raises ValueError.
+    """
+    name = names[0]
+    try:
+        context = ssl.create_default_context(cafile=str(ca) if ca else None)
+        if cert is not None:
+            name = names[1]
+            context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as e:
+        raise ValueError(f"{name}: no PEM files that can be used: {e}") from e
+    return context
+
+
 @dataclass(frozen=True, slots=True)
 class TlsSettings:
     """How one process speaks TLS on the request plane. See `VARIABLES`."""
@@ -167,14 +184,9 @@ class RequestTls:
         return None if settings is None else cls(settings)
 
     def _caller(self) -> ssl.SSLContext:
-        settings, name = self.settings, "DYN_TCP_TLS_CA_CERT_PATH"
-        try:
-            context = ssl.create_default_context(cafile=str(settings.ca) if settings.ca else None)
-            if settings.client_cert is not None:
-                name = "DYN_TCP_TLS_CLIENT_CERT_PATH, DYN_TCP_TLS_CLIENT_KEY_PATH"
-                context.load_cert_chain(settings.client_cert, settings.client_key)
-        except (OSError, ssl.SSLError) as e:
-            raise ValueError(f"{name}: no PEM files that can be used: {e}") from e
+        settings = self.settings
+        names = ("DYN_TCP_TLS_CA_CERT_PATH", "DYN_TCP_TLS_CLIENT_CERT_PATH, DYN_TCP_TLS_CLIENT_KEY_PATH")
+        context = client_context(settings.ca, settings.client_cert, settings.client_key, names)
         if settings.insecure:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
@@ -202,8 +214,7 @@ def system_door(environ: Mapping[str, str] = os.environ) -> ssl.SSLContext | Non
 
 def _pair(environ: Mapping[str, str], cert: str, key: str) -> tuple[Path | None, Path | None]:
     found = env_file(environ, cert), env_file(environ, key)
-    if (found[0] is None) != (found[1] is None):
-        raise ValueError(f"{cert} and {key} belong together: set both or neither")
+    both_or_neither(cert, key, found)
     return found
 
 

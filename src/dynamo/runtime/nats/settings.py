@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dynamo.runtime.options import env_file, env_seconds
+from dynamo.runtime.options import both_or_neither, env_file, env_seconds
+from dynamo.runtime.tls import client_context
 
 DEFAULT_SERVER = "nats://localhost:4222"
 DEFAULT_STARTUP_S = 120.0  # a cluster that starts together has its NATS later than its workers; as for etcd
@@ -49,11 +50,9 @@ class NatsSettings:
                 "NATS_TLS_CA_CERT_PATH", "NATS_TLS_CERT_PATH", "NATS_TLS_KEY_PATH", "NATS_AUTH_CREDENTIALS_FILE"
             )
         )  # fmt: skip
-        if (cert is None) != (key is None):
-            raise ValueError("NATS_TLS_CERT_PATH and NATS_TLS_KEY_PATH belong together: set both or neither")
+        both_or_neither("NATS_TLS_CERT_PATH", "NATS_TLS_KEY_PATH", (cert, key))
         username, password = environ.get("NATS_AUTH_USERNAME", ""), environ.get("NATS_AUTH_PASSWORD", "")
-        if bool(username) != bool(password):
-            raise ValueError("NATS_AUTH_USERNAME and NATS_AUTH_PASSWORD belong together: set both or neither")
+        both_or_neither("NATS_AUTH_USERNAME", "NATS_AUTH_PASSWORD", (username, password))
         settings = cls(
             servers=_servers(environ.get("NATS_SERVER") or DEFAULT_SERVER),
             startup_s=env_seconds(environ, "NATS_STARTUP_CONNECT_TIMEOUT_SECONDS", DEFAULT_STARTUP_S),
@@ -77,15 +76,8 @@ class NatsSettings:
         """
         if not self.encrypted:
             return None
-        name = "NATS_TLS_CA_CERT_PATH"
-        try:
-            context = ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
-            if self.cert is not None:
-                name = "NATS_TLS_CERT_PATH, NATS_TLS_KEY_PATH"
-                context.load_cert_chain(self.cert, self.key)
-        except (OSError, ssl.SSLError) as e:
-            raise ValueError(f"{name}: no PEM that can be used: {e}") from e
-        return context
+        names = ("NATS_TLS_CA_CERT_PATH", "NATS_TLS_CERT_PATH, NATS_TLS_KEY_PATH")
+        return client_context(self.ca, self.cert, self.key, names)
 
     def ways_in(self) -> dict[str, Any]:
         """What the client library is told of who we are; none of it where the URLs say."""

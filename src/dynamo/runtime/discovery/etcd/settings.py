@@ -8,7 +8,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dynamo.runtime.discovery.protocol import LEASE_TTL_S
-from dynamo.runtime.options import env_file, env_seconds
+from dynamo.runtime.options import both_or_neither, env_file, env_seconds
+from dynamo.runtime.tls import client_context
 
 DEFAULT_ENDPOINT = "http://localhost:2379"
 DEFAULT_STARTUP_S = 120.0  # a cluster that starts together has its etcd later than its workers
@@ -52,11 +53,9 @@ class EtcdSettings:
         ca, cert, key = (
             env_file(environ, name) for name in ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY")
         )
-        if (cert is None) != (key is None):
-            raise ValueError("ETCD_AUTH_CLIENT_CERT and ETCD_AUTH_CLIENT_KEY belong together: set both or neither")
+        both_or_neither("ETCD_AUTH_CLIENT_CERT", "ETCD_AUTH_CLIENT_KEY", (cert, key))
         username, password = environ.get("ETCD_AUTH_USERNAME", ""), environ.get("ETCD_AUTH_PASSWORD", "")
-        if bool(username) != bool(password):
-            raise ValueError("ETCD_AUTH_USERNAME and ETCD_AUTH_PASSWORD belong together: set both or neither")
+        both_or_neither("ETCD_AUTH_USERNAME", "ETCD_AUTH_PASSWORD", (username, password))
         return cls(
             endpoints=_endpoints(environ.get("ETCD_ENDPOINTS") or DEFAULT_ENDPOINT, encrypted=bool(ca or cert)),
             ttl_s=int(env_seconds(environ, "ETCD_LEASE_TTL", LEASE_TTL_S, least=1, whole=True)),
@@ -86,15 +85,7 @@ class Certificates:
 
     def _load(self) -> ssl.SSLContext:
         ca, cert, key = self._settings.ca, self._settings.client_cert, self._settings.client_key
-        name = "ETCD_AUTH_CA"
-        try:
-            context = ssl.create_default_context(cafile=str(ca) if ca else None)
-            if cert is not None:
-                name = "ETCD_AUTH_CLIENT_CERT, ETCD_AUTH_CLIENT_KEY"
-                context.load_cert_chain(cert, key)
-        except (OSError, ssl.SSLError) as e:
-            raise ValueError(f"{name}: no PEM that can be used: {e}") from e
-        return context
+        return client_context(ca, cert, key, ("ETCD_AUTH_CA", "ETCD_AUTH_CLIENT_CERT, ETCD_AUTH_CLIENT_KEY"))
 
     def _stamps(self) -> list[int]:
         files = (self._settings.ca, self._settings.client_cert, self._settings.client_key)
